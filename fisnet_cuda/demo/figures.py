@@ -1,0 +1,224 @@
+"""The two figures of the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from fisnet_cuda.demo.classes import PLAIN, VARIANTS, StepTime
+from fisnet_cuda.demo.digits import CLASSES, Batch, Marks
+from fisnet_cuda.demo.train import Trained, explain, predict
+
+# Okabe and Ito's palette: the colours differ for every kind of colour vision.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+RIGHT, WRONG = BLUE, VERMILION
+NET_COLOURS = ("#7F7F7F", BLUE, ORANGE)
+KIND_COLOURS = {
+    PLAIN: "#4D4D4D",
+    "original": VERMILION,
+    "selective": ORANGE,
+    "stochastic": BLUE,
+    "dual": GREEN,
+}
+MARK_COLOURS: dict[Marks, str] = {"biased": "#BDBDBD", "unbiased": SKY, "confounded": PURPLE}
+MARK_TEXTS: dict[Marks, str] = {
+    "biased": "biased: square at the true class",
+    "unbiased": "unbiased: no square",
+    "confounded": "confounded: square at a wrong class",
+}
+
+
+def heatmaps_figure(nets: Sequence[Trained], tests: dict[Marks, Batch], path: Path) -> Path:
+    """Draws test images with the heatmaps of each net, and the accuracy of each net below.
+
+    The images are the first test scans of four different digits, not chosen by what the nets make of them.
+
+    Args:
+        nets: the trained nets, the standard classifier first.
+        tests: the test sets.
+        path: where to write the PNG.
+
+    Returns:
+        ``path``.
+    """
+    order: list[Marks] = ["biased", "unbiased", "confounded", "confounded"]
+    rows = [_take(tests[marks], _first_of_class(tests[marks], c)) for marks, c in zip(order, (3, 5, 8, 0))]
+
+    figure = plt.figure(figsize=(3.0 + 2.1 * len(nets), 11.4))
+    images, bars = figure.subfigures(2, 1, height_ratios=[3.5, 1])
+    axes = images.subplots(
+        len(rows),
+        1 + len(nets),
+        gridspec_kw={
+            "left": 0.17,
+            "right": 0.87,
+            "top": 0.86,
+            "bottom": 0.02,
+            "hspace": 0.16,
+            "wspace": 0.06,
+        },
+    )
+    images.suptitle("What does each net look at to tell the digit?", fontsize=15, fontweight="bold", y=0.985)
+    images.text(
+        0.5,
+        0.945,
+        "Trained on images in which a small square on the left betrays the class.\n"
+        "Good: colour only on the digit, inside the outline, and the right answer whatever the square says.",
+        ha="center",
+        va="center",
+        fontsize=10,
+    )
+    for ax, title in zip(axes[0], ["input", *(net.name for net in nets)]):
+        ax.annotate(title, (0.5, 1.19), xycoords="axes fraction", ha="center", fontsize=11, fontweight="bold")
+    for row, batch in zip(axes, rows):
+        row[0].imshow(batch.images[0, 0], cmap="gray", vmin=0, vmax=1)
+        _outline(row[0], batch.masks[0, 0], "white")
+        row[0].set_ylabel(_row_text(batch), rotation=0, ha="right", va="center", fontsize=10, labelpad=8)
+        for ax, net in zip(row[1:], nets):
+            heatmap, predicted = explain(net.model, batch)[0], predict(net.model, batch).item()
+            ax.imshow(heatmap / heatmap.abs().max().clamp(min=1e-12), cmap="RdBu_r", vmin=-1, vmax=1)
+            _outline(ax, batch.masks[0, 0], "0.45")
+            correct = predicted == batch.labels.item()
+            ax.set_title(
+                f"says {predicted}: {'right' if correct else 'WRONG'}",
+                fontsize=10,
+                pad=3,
+                color=RIGHT if correct else WRONG,
+                fontweight="normal" if correct else "bold",
+            )
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    scale = images.colorbar(
+        ScalarMappable(Normalize(-1, 1), cmap="RdBu_r"),
+        cax=images.add_axes((0.895, 0.2, 0.018, 0.5)),
+        ticks=[-1, 0, 1],
+    )
+    scale.ax.set_yticklabels(["against", "0", "for"])
+    scale.set_label("relevance for the answer given, each heatmap over its largest value", fontsize=9)
+    _accuracy_bars(bars, nets)
+    return _save(figure, path)
+
+
+def classes_figure(times: Sequence[StepTime], path: Path) -> Path:
+    """Draws the time of a training step against the number of classes, both axes logarithmic.
+
+    Args:
+        times: what `fisnet_cuda.demo.classes.measure` returned.
+        path: where to write the PNG.
+
+    Returns:
+        ``path``.
+    """
+    figure, ax = plt.subplots(figsize=(8.2, 5.4))
+    labels = []
+    for kind in (PLAIN, *VARIANTS):
+        rows = sorted((row for row in times if row.kind == kind), key=lambda row: row.classes)
+        x, y = [row.classes for row in rows], [row.p50 for row in rows]
+        colour = KIND_COLOURS[kind]
+        ax.fill_between(
+            x, [row.p20 for row in rows], [row.p80 for row in rows], color=colour, alpha=0.2, lw=0
+        )
+        ax.plot(x, y, color=colour, marker="o", lw=2.2, ms=5, ls="--" if kind == PLAIN else "-")
+        text = "plain training, no heatmap" if kind == PLAIN else kind.capitalize()
+        labels.append((x[-1], y[-1], text, colour))
+    _end_labels(ax, labels)
+    counts = sorted({row.classes for row in times})
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="number of classes",
+        ylabel="time of one training step, milliseconds",
+        xticks=counts,
+        xticklabels=[f"{count:,}" for count in counts],
+    )
+    ax.minorticks_off()
+    ax.set_xlim(counts[0] / 1.3, counts[-1] * 14)
+    low, high = min(row.p20 for row in times), max(row.p80 for row in times)
+    ticks = [
+        t for e in range(-2, 7) for t in (10.0**e, 2 * 10.0**e, 5 * 10.0**e) if low / 2.5 <= t <= high * 2.5
+    ]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_ylim(low / 1.4, high * 1.6)
+    ax.grid(color="0.9")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title("What do heatmaps cost in training?", fontsize=14, fontweight="bold", loc="left", pad=30)
+    measured = max(row.classes for row in times if row.kind == "original")
+    ax.text(
+        0,
+        1.025,
+        "Low and flat is good. Line: median; band: 20th to 80th percentile; CPU."
+        + (f" Original measured up to {measured:,} classes." if measured < counts[-1] else ""),
+        transform=ax.transAxes,
+        fontsize=10,
+    )
+    figure.tight_layout()
+    return _save(figure, path)
+
+
+def _first_of_class(batch: Batch, label: int) -> int:
+    return int(torch.nonzero(batch.labels == label)[0])
+
+
+def _take(batch: Batch, i: int) -> Batch:
+    return Batch(*(field[i : i + 1] for field in (batch.images, batch.labels, batch.masks, batch.marks)))
+
+
+def _row_text(batch: Batch) -> str:
+    digit, mark = batch.labels.item(), batch.marks.item()
+    square = "no square" if mark < 0 else f"square says {mark}" + ("" if mark == digit else ",\na lie")
+    return f"digit {digit},\n{square}"
+
+
+def _outline(ax: Axes, mask: torch.Tensor, colour: str) -> None:
+    ax.contour(mask, levels=[0.5], colors=[colour], linewidths=1.0)
+
+
+def _accuracy_bars(figure: Figure, nets: Sequence[Trained]) -> None:
+    ax = figure.subplots(gridspec_kw={"left": 0.1, "right": 0.97, "top": 0.76, "bottom": 0.11})
+    width = 0.26
+    for offset, (marks, colour) in zip((-width, 0, width), MARK_COLOURS.items()):
+        values = [net.accuracy[marks] for net in nets]
+        places = [i + offset for i in range(len(nets))]
+        ax.bar(places, values, width * 0.94, color=colour, label=MARK_TEXTS[marks])
+        for place, value in zip(places, values):
+            ax.text(place, value + 1.5, f"{value:.0f}", ha="center", fontsize=9)
+    ax.axhline(100 / CLASSES, color="0.4", lw=1, ls=":")
+    ax.text(-0.49, 100 / CLASSES + 1.5, "guessing", va="bottom", fontsize=8, color="0.3")
+    ax.set(
+        ylim=(0, 112),
+        yticks=range(0, 101, 25),
+        ylabel="right answers, percent",
+        xlim=(-0.5, len(nets) - 0.5),
+        xticks=range(len(nets)),
+        xticklabels=[net.name for net in nets],
+    )
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(
+        "Accuracy on test digits. Good: three equal, tall bars", fontsize=12, fontweight="bold", pad=30
+    )
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 0.99), ncols=3, fontsize=9, frameon=False)
+
+
+def _end_labels(ax: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Writes each line's name at its end, pushed apart where lines end close together."""
+    spread = 1.22  # least ratio between the heights of two names, on the logarithmic axis
+    last_x, last_height = None, 0.0
+    for x, y, text, colour in sorted(labels):
+        height = max(y, last_height * spread) if x == last_x else y
+        ax.annotate(
+            text, (x, y), (x * 1.25, height), color=colour, va="center", fontsize=10, fontweight="bold"
+        )
+        last_x, last_height = x, height
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -1,0 +1,167 @@
+"""Fusing instructions: a table of patterns, tried in order, for the forward and for relevance.
+
+A pattern looks at one instruction and the ones that feed it, and returns what replaces them. It never changes results: the
+fused instruction runs the same primitives in one op (which a CUDA kernel may serve in one launch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .ir import Instr, Slot, slots_in
+
+
+@dataclass
+class _Program:
+    """Instructions with an index of who makes and who reads each slot."""
+
+    instrs: list[Instr | None]
+    protected: frozenset[int]  # read by the caller
+
+    def __post_init__(self) -> None:
+        self.maker: dict[int, int] = {}
+        self.readers: dict[int, list[int]] = {}
+        for position, instr in enumerate(self.instrs):
+            self._index(position, instr)
+
+    def _index(self, position: int, instr: Instr) -> None:
+        for slot in instr.outs:
+            self.maker[slot] = position
+        for slot in slots_in(instr.operands):
+            self.readers.setdefault(slot, []).append(position)
+
+    def only_reader(self, slot: int, position: int) -> bool:
+        return slot not in self.protected and self.readers.get(slot, []) == [position]
+
+    def made_by(self, operand: object, *ops: str) -> int | None:
+        """Position of the instruction that makes ``operand`` as its first result, if it is one of ``ops``."""
+        if not isinstance(operand, Slot):
+            return None
+        position = self.maker.get(operand.index)
+        instr = None if position is None else self.instrs[position]
+        return position if instr is not None and instr.op in ops and instr.outs[0] == operand.index else None
+
+    def replace(self, position: int, instr: Instr, *absorbed: int) -> None:
+        for old in (position, *absorbed):
+            gone = self.instrs[old]
+            for slot in slots_in(gone.operands):
+                self.readers[slot].remove(old)
+            self.instrs[old] = None
+        self.instrs[position] = instr
+        self._index(position, instr)
+
+
+def fuse(forward: tuple[Instr, ...], relevance: tuple[Instr, ...], protected: frozenset[int]) -> tuple[tuple, tuple]:
+    """Apply every pattern to a program.
+
+    Args:
+        forward, relevance: the instructions as lowered.
+        protected: slots that callers read.
+
+    Returns:
+        The two lists, fused.
+    """
+    program = _Program([*forward, *relevance], protected)
+    for pattern in PATTERNS:
+        for position in range(len(program.instrs)):
+            if program.instrs[position] is not None:
+                pattern(program, position)
+    split = len(forward)
+    return (
+        tuple(i for i in program.instrs[:split] if i is not None),
+        tuple(i for i in program.instrs[split:] if i is not None),
+    )
+
+
+def _bn_add_relu(p: _Program, position: int) -> None:
+    """skip-add-ReLU behind a BatchNorm: ``relu(bn(x) + skip)``."""
+    relu = p.instrs[position]
+    if relu.op != "relu":
+        return
+    add_at = p.made_by(relu.operands[0], "add")
+    if add_at is None or not p.only_reader(relu.operands[0].index, position):
+        return
+    for which, other in ((0, 1), (1, 0)):
+        summand, skip = p.instrs[add_at].operands[which], p.instrs[add_at].operands[other]
+        bn_at = p.made_by(summand, "bn")
+        if bn_at is not None and p.only_reader(summand.index, add_at):
+            bn = p.instrs[bn_at]
+            operands = (*bn.operands, skip, True)
+            p.replace(position, replace(bn, op="bn_add_relu", operands=operands, outs=(relu.outs[0], *bn.outs[1:])), add_at, bn_at)
+            return
+
+
+def _bn_relu(p: _Program, position: int) -> None:
+    """``relu(bn(x))``."""
+    relu = p.instrs[position]
+    if relu.op != "relu":
+        return
+    bn_at = p.made_by(relu.operands[0], "bn")
+    if bn_at is not None and p.only_reader(relu.operands[0].index, position):
+        bn = p.instrs[bn_at]
+        operands = (*bn.operands, None, True)
+        p.replace(position, replace(bn, op="bn_relu", operands=operands, outs=(relu.outs[0], *bn.outs[1:])), bn_at)
+
+
+def _linear_relu(p: _Program, position: int) -> None:
+    """``relu(W a + b)`` and ``relu(x + y)``: the pre-activation is overwritten, not kept."""
+    relu = p.instrs[position]
+    if relu.op != "relu":
+        return
+    at = p.made_by(relu.operands[0], "conv", "linear", "add")
+    if at is not None and p.only_reader(relu.operands[0].index, position):
+        first = p.instrs[at]
+        fn = _add_relu if first.op == "add" else _fprop_relu
+        p.replace(position, replace(first, op=f"{first.op}_relu", fn=fn, outs=relu.outs), at)
+
+
+def _phi_bn(p: _Program, position: int) -> None:
+    """BN-ReLU-conv backwards: the ReLU's phi and the BatchNorm's scale in one pass."""
+    scale = p.instrs[position]
+    if scale.op != "scale":
+        return
+    phi_at = p.made_by(scale.operands[0], "phi_scale")
+    if phi_at is not None and p.only_reader(scale.operands[0].index, position):
+        phi = p.instrs[phi_at]
+        fused = replace(phi, op="phi_scale_bn", operands=(*phi.operands, scale.operands[1]), outs=scale.outs)
+        p.replace(position, fused, phi_at)
+
+
+def _dual_phi(p: _Program, position: int) -> None:
+    """Both rules of Dual at one ReLU: ``phi_scale`` of one map and ``a g+ / (z+ + e)`` of the other."""
+    ratio = p.instrs[position]
+    if ratio.op != "ratio" or not ratio.rule.startswith("z+"):
+        return
+    times_at = p.made_by(ratio.operands[0], "times")
+    if times_at is None or not p.only_reader(ratio.operands[0].index, position):
+        return
+    a, g_plus = p.instrs[times_at].operands
+    for phi_at in p.readers.get(a.index, []):
+        phi = p.instrs[phi_at]
+        if phi.op != "phi_scale" or phi.operands[1] != a or phi.operands[3] is not None or phi_at > position:
+            continue
+        if any(reader < position for reader in p.readers.get(phi.outs[0], [])):
+            continue  # its result is needed before z+ is known
+        operands = (phi.operands[0], g_plus, a, ratio.operands[1], phi.operands[2], ratio.operands[2])
+        fused = Instr(
+            "dual_phi", ops.dual_phi, operands, (phi.outs[0], ratio.outs[0]), phi.layer, f"{ratio.rule} | {phi.rule}",
+            "dual_phi", phi.options,
+        )  # fmt: skip
+        p.replace(position, fused, times_at, phi_at)
+        return
+
+
+PATTERNS: tuple[Callable[[_Program, int], None], ...] = (_bn_add_relu, _bn_relu, _linear_relu, _phi_bn, _dual_phi)
+
+
+def _fprop_relu(x: Tensor, W: Tensor, bias: Tensor | None, geometry: ops.Geometry) -> Tensor:
+    return torch.relu_(ops.fprop(x, W, bias, geometry))
+
+
+def _add_relu(x: Tensor, y: Tensor) -> Tensor:
+    return torch.relu_(x + y)

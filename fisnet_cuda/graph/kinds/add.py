@@ -1,0 +1,46 @@
+"""Residual addition: ``g`` goes to both branches (epsilon acts once, in the ReLU after the sum); z+ divides,
+``R_x = x+ R / (x+ + y+ + e)``.
+
+Shared with the forward: for z+ the two summands.
+"""
+
+import operator
+
+from ... import ops
+from ...rules import ZPlus
+from ..ir import Slot
+
+
+def nonneg(b, node) -> bool:
+    return all(b.nonneg[source] for source in node.inputs)
+
+
+def forward(b, index, node) -> None:
+    b.emit_forward(index, "add", operator.add, tuple(Slot(source) for source in node.inputs))
+
+
+def relevance(b, index, node, stream) -> None:
+    rule = stream.rule(index)
+    if not isinstance(rule, ZPlus):
+        g = stream.take_g(index, node.name)
+        for source in node.inputs:
+            stream.give(source, "g", g)
+        return
+    R = stream.take_R(index, node.name)
+    x, y = node.inputs
+    flags = (b.nonneg[x], b.nonneg[y])
+    r = b.emit(node.name, rule, "add_z+", _plus_add, (R, Slot(x), Slot(y), flags, float(rule.eps)))
+    for source in node.inputs:
+        if b.nonneg[source]:
+            stream.give(source, "g", r)
+        else:  # the summand's positive part times r; its negative part gets none
+            stream.give(source, "R", b.emit(node.name, rule, "times+", _times_positive, (Slot(source), r)))
+
+
+def _plus_add(R, x, y, nonneg, eps):
+    x, y = (v if sure else v.clamp(min=0) for v, sure in zip((x, y), nonneg))
+    return ops.stabilised_ratio(R, x + y, eps)
+
+
+def _times_positive(v, r):
+    return ops.times(v.clamp(min=0), r)

@@ -1,0 +1,59 @@
+"""Average pools: their transpose; under z+ with their own denominator, ``s = R / (pooled + e)``.
+
+Shared with the forward: for z+ the pool's output.
+"""
+
+from ... import ops
+from ...ops.rules import by_sign
+from ...rules import ZPlus
+from ..ir import Slot
+
+
+def nonneg(b, node) -> bool:
+    return b.nonneg[node.inputs[0]]
+
+
+def _settings(node) -> tuple:
+    return node.attrs["spatial"], node.attrs["adaptive"], node.attrs["settings"]
+
+
+def forward(b, index, node) -> None:
+    b.emit_forward(index, "avg_pool", ops.avg_pool, (Slot(node.inputs[0]), *_settings(node)))
+
+
+def relevance(b, index, node, stream) -> None:
+    source = node.inputs[0]
+    rule = stream.rule(index)
+
+    def transposed(slot):
+        operands = (slot, *_settings(node), b.size(source))
+        return b.emit(node.name, rule, "avg_pool^T", ops.avg_pool_transposed, operands)
+
+    if not isinstance(rule, ZPlus):
+        stream.give(source, "g", transposed(stream.take_g(index, node.name)))
+        return
+    if stream.of_form(index, "g") or stream.of_form(index, "R"):
+        alone = type(stream)(b, stream.spec)
+        alone.contributions[index] = [c for c in stream.contributions[index] if c[0] != "S"]
+        R = alone.take_R(index, node.name)
+        operands = (R, Slot(source), Slot(index), b.nonneg[source], *_settings(node), float(rule.eps))
+        s = b.emit(node.name, rule, "ratio", _plus_ratio, operands)
+        g = transposed(s)
+        if not b.nonneg[source]:
+            g = b.emit(node.name, rule, "part", _where_positive, (Slot(source), g))
+        stream.give(source, "g", g)
+    for plus, minus in stream.of_form(index, "S"):  # a BatchNorm folded into this pool: no denominator of its own
+        up = transposed(plus)
+        if not b.nonneg[source]:
+            down = transposed(plus if minus is None else minus)
+            up = b.emit(node.name, rule, "by_sign", by_sign, (Slot(source), up, down))
+        stream.give(source, "g", up)
+
+
+def _plus_ratio(R, v, pooled, nonneg, spatial, adaptive, settings, eps):
+    up = pooled if nonneg else ops.avg_pool(v.clamp(min=0), spatial, adaptive, settings)
+    return ops.stabilised_ratio(R, up, eps)
+
+
+def _where_positive(v, g):
+    return ops.times((v >= 0).to(g.dtype), g)

@@ -1,0 +1,42 @@
+"""Concatenation: relevance is cut into the parts' slices, in whatever form it comes."""
+
+import torch
+
+from ..ir import Slot
+
+
+def nonneg(b, node) -> bool:
+    return all(b.nonneg[source] for source in node.inputs)
+
+
+def forward(b, index, node) -> None:
+    parts = tuple(Slot(source) for source in node.inputs)
+    b.emit_forward(index, "concat", torch.cat, (parts, node.attrs["dim"]))
+
+
+def relevance(b, index, node, stream) -> None:
+    dim = node.attrs["dim"]
+    shapes = tuple(b.shape(source) for source in node.inputs)
+
+    def cut(slot):
+        parts = b.emit(node.name, None, "slices", _slices, (slot, dim, shapes), outs=len(shapes))
+        return parts if isinstance(parts, tuple) else (parts,)
+
+    for form in ("g", "R"):
+        slots = stream.of_form(index, form)
+        if slots:
+            for source, part in zip(node.inputs, cut(stream.sum(slots, node.name))):
+                stream.give(source, form, part)
+    pairs = stream.of_form(index, "S")
+    if pairs:
+        plus = cut(stream.sum([p for p, _ in pairs], node.name))
+        negative = [m for _, m in pairs if m is not None]
+        minus = cut(stream.sum(negative, node.name)) if negative else (None,) * len(plus)
+        for source, p, m in zip(node.inputs, plus, minus):
+            # a value that is never negative has no negative sum to receive the second half
+            stream.give(source, "S", (p, None if b.nonneg[source] else m))
+
+
+def _slices(r, dim, shapes):
+    axis = dim % r.dim()
+    return torch.split(r, [shape[axis - 1] for shape in shapes], axis)

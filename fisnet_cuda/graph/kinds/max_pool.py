@@ -1,0 +1,43 @@
+"""Max pools: the winner takes all, overlapping windows add; under z+ it gets ``a_w R / (a_w + e)``.
+
+Shared with the forward: the winners' positions.
+"""
+
+from ... import ops
+from ...rules import ZPlus
+from ..ir import Slot
+
+
+def nonneg(b, node) -> bool:
+    return b.nonneg[node.inputs[0]]
+
+
+def forward(b, index, node) -> None:
+    attrs = node.attrs
+    operands = (Slot(node.inputs[0]), attrs["spatial"], attrs["adaptive"], attrs["settings"])
+    (winners,) = b.emit_forward(index, "max_pool", ops.max_pool, operands, extra=1, kernel="max_pool", backend=b.backend)
+    b.shared[("winners", index)] = Slot(winners)
+
+
+def relevance(b, index, node, stream) -> None:
+    source = node.inputs[0]
+    rule = stream.rule(index)
+    if isinstance(rule, ZPlus) and (stream.of_form(index, "g") or stream.of_form(index, "R")):
+        alone = type(stream)(b, stream.spec)
+        alone.contributions[index] = [c for c in stream.contributions[index] if c[0] != "S"]
+        R = alone.take_R(index, node.name)
+        g = [b.emit(node.name, rule, "ratio", _plus_ratio, (R, Slot(index), b.nonneg[index], float(rule.eps)))]
+        # a BatchNorm folded into this pool has its own denominator already
+        g += [stream._g_of_pair(index, pair, node.name) for pair in stream.of_form(index, "S")]
+        total = stream.sum(g, node.name)
+    else:
+        total = stream.take_g(index, node.name)
+    operands = (total, b.shared[("winners", index)], b.size(source))
+    kernel = "max_pool_scatter"
+    g = b.emit(node.name, rule, "max_pool^T", ops.max_pool_transposed, operands, kernel=kernel, backend=b.backend)
+    stream.give(source, "g", g)
+
+
+def _plus_ratio(R, v, nonneg, eps):
+    s = ops.stabilised_ratio(R, v if nonneg else v.clamp(min=0), eps)
+    return s if nonneg else ops.times((v >= 0).to(s.dtype), s)

@@ -1,0 +1,422 @@
+"""From LRP nodes to instructions: one forward list, one relevance list, over numbered slots.
+
+Lowering walks the nodes forwards to emit the forward, then backwards to emit relevance. What flows backwards over a value
+is a set of contributions, each in one of three forms:
+
+* ``"g"``: relevance per unit of the value, ``R = v . g`` (the gradient form; epsilon runs in it);
+* ``"R"``: relevance itself;
+* ``"S"``: a pair, relevance per unit of the positive and of the negative sum that make up the value (z+ through a
+  BatchNorm that reads several maps; see `fisnet_cuda.ops.rules.plus_affine`).
+
+A kind asks for the form it can work with (`Stream.take_g`, `Stream.take_R`) and conversions are emitted only where forms meet.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import UnsupportedModelError
+from ..ops import rules as rule_ops
+from ..rules import Epsilon, Rule, RuleMap, ZPlus
+from .ir import Graph, Instr, Node, Ref, Slot
+
+LINEAR = ("conv", "linear")
+TRANSPARENT = ("reshape", "permute", "mask")  # one input, elementwise: any form passes through
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """One map of the program: its rules, and whether it starts from the z+ sums of the last layer (Dual's map 0)."""
+
+    name: str
+    rules: RuleMap
+    from_all: bool = False
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What lowering produces: instructions, and the slots where callers find results.
+
+    Attributes:
+        forward, relevance: the two instruction lists.
+        slots: size of the environment.
+        logits: slot of the logits.
+        starts: stream name -> slot that the start relevance ``g [N*K, C]`` must be put into (None for ``from_all``).
+        heatmaps: stream name -> slot of the input's relevance.
+        hidden: layer name -> stream name -> slot.
+        taps: (layer, stream, inputs' slots, output's slot) of every node, when asked for.
+    """
+
+    forward: tuple[Instr, ...]
+    relevance: tuple[Instr, ...]
+    slots: int
+    logits: int
+    starts: dict[str, int | None]
+    heatmaps: dict[str, int]
+    hidden: dict[str, dict[str, int]]
+    taps: tuple = ()
+
+
+class Builder:
+    """State of one lowering: the graph, the instructions so far, and values shared by forward and relevance."""
+
+    def __init__(self, graph: Graph, specs: tuple[StreamSpec, ...], keep: frozenset[int], backend: str) -> None:
+        from . import kinds
+
+        self.graph, self.backend, self.keep = graph, backend, keep
+        self.kinds = {node.kind: kinds.of(node) for node in graph.nodes}
+        self.users = graph.users()
+        self.slots = len(graph.nodes)
+        self.forward: list[Instr] = []
+        self.relevance: list[Instr] = []
+        self.shared: dict[Any, Any] = {}
+        self.nonneg: list[bool] = []
+        self.merged = self._merge_batch_norms()
+        self.merged_into = {bn: conv for conv, bn in self.merged.items()}
+        self.streams = tuple(Stream(self, spec) for spec in specs)
+
+    def _merge_batch_norms(self) -> dict[int, int]:
+        """conv -> the BatchNorm that alone reads it: the two are one linear map for relevance."""
+        merged = {}
+        for index, node in enumerate(self.graph.nodes):
+            users = self.users[index]
+            alone = len(users) == 1 and index not in self.keep and index != self.graph.output
+            if node.kind in LINEAR and alone and self.graph.nodes[users[0]].kind == "batch_norm":
+                if node.kind == "conv":
+                    merged[index] = users[0]
+        return merged
+
+    def slot(self) -> int:
+        self.slots += 1
+        return self.slots - 1
+
+    def emit_forward(
+        self, index: int, op: str, fn: Callable, operands: tuple, extra: int = 0, kernel: str = "", **options: Any
+    ) -> tuple[int, ...]:
+        """Append a forward instruction whose first result is the value of node ``index``; returns the extra slots."""
+        outs = (index, *(self.slot() for _ in range(extra)))
+        node = self.graph.nodes[index]
+        operands = tuple(_resolve(o) for o in operands)
+        self.forward.append(Instr(op, fn, operands, outs, node.name, "", kernel, tuple(options.items())))
+        return outs[1:]
+
+    def emit(
+        self, layer: str, rule: Rule | None, op: str, fn: Callable, operands: tuple, outs: int = 1, kernel: str = "",
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        """Append a relevance instruction; returns its `Slot`, or a tuple of them."""
+        slots = tuple(self.slot() for _ in range(outs))
+        name = rule_name(rule)
+        operands = tuple(_resolve(o) for o in operands)
+        self.relevance.append(Instr(op, fn, operands, slots, layer, name, kernel, tuple(options.items())))
+        return Slot(slots[0]) if outs == 1 else tuple(Slot(s) for s in slots)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """A slot that several instructions share, emitted the first time it is asked for."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def size(self, index: int) -> Slot:
+        """Slot of the value's spatial size (a tuple), recorded by the forward so that the value itself may go."""
+        return self.once(("size", index), lambda: self._shape(index, _spatial_size, "size"))
+
+    def shape(self, index: int) -> Slot:
+        """Slot of the value's shape without the batch axis."""
+        return self.once(("shape", index), lambda: self._shape(index, _sample_shape, "shape"))
+
+    def _shape(self, index: int, fn: Callable, op: str) -> Slot:
+        slot = self.slot()
+        self.forward.append(Instr(op, fn, (Slot(index),), (slot,), self.graph.nodes[index].name))
+        return Slot(slot)
+
+    def statistics(self, index: int) -> tuple[Slot, Slot]:
+        """Slots of (mean, rstd) that the forward of BatchNorm ``index`` used."""
+        return self.shared[("statistics", index)]
+
+    def is_input(self, index: int) -> bool:
+        return self.graph.nodes[index].kind == "input"
+
+    def output_of(self, index: int) -> int:
+        """The node at which a linear map's relevance arrives: the BatchNorm folded into it, or itself."""
+        return self.merged.get(index, index)
+
+
+class Stream:
+    """One map on its way back: the contributions that every value has collected."""
+
+    def __init__(self, builder: Builder, spec: StreamSpec) -> None:
+        self.b, self.spec, self.name = builder, spec, spec.name
+        self.contributions: dict[int, list[tuple[str, Any]]] = {}
+
+    def give(self, value: int, form: str, slot: Any) -> None:
+        self.contributions.setdefault(value, []).append((form, slot))
+
+    def has(self, value: int) -> bool:
+        return bool(self.contributions.get(value))
+
+    def of_form(self, value: int, form: str) -> list[Any]:
+        return [slot for f, slot in self.contributions.get(value, []) if f == form]
+
+    def rule(self, index: int) -> Rule:
+        """The rule of a node: by name, else the first layer's, else its kind's."""
+        node = self.b.graph.nodes[index]
+        rules = self.spec.rules
+        named = rules.named(node.name)
+        if named is None and index in self.b.merged:
+            named = rules.named(self.b.graph.nodes[self.b.merged[index]].name)
+        if named is not None:
+            return named
+        if rules.first is not None and node.kind in LINEAR and self.b.is_input(node.inputs[0]):
+            return rules.first
+        return rules.linear if node.kind == "linear" else rules.conv
+
+    def epsilon_at(self, index: int) -> Epsilon:
+        """The epsilon of a ReLU (or of a conversion at a value): its own by name, else that of the map before it."""
+        named = self.spec.rules.named(self.b.graph.nodes[index].name)
+        if isinstance(named, Epsilon):
+            return named
+        seen = index
+        while self.b.graph.nodes[seen].inputs:
+            seen = self.b.graph.nodes[seen].inputs[0]
+            if self.b.graph.nodes[seen].kind in LINEAR:
+                rule = self.rule(seen)
+                if isinstance(rule, Epsilon):
+                    return rule
+                break
+        for rule in (self.spec.rules.conv, self.spec.rules.linear):
+            if isinstance(rule, Epsilon):
+                return rule
+        return Epsilon(getattr(self.rule(index), "eps", 1e-2))
+
+    def eps_operand(self, value: int, rule: Epsilon) -> float | Slot:
+        """``eps`` as an operand: the number, or the slot of the sample's own scale."""
+        if not rule.relative:
+            return float(rule.eps)
+        name = self.b.graph.nodes[value].name
+        return self.b.once(
+            ("eps", value, rule),
+            lambda: self.b.emit(name, rule, "relative_epsilon", ops.relative_epsilon, (Slot(value), float(rule.eps))),
+        )
+
+    def sum(self, slots: list[Slot], layer: str) -> Slot:
+        total = slots[0]
+        for slot in slots[1:]:
+            total = self.b.emit(layer, None, "add", operator.add, (total, slot))
+        return total
+
+    def take_g(self, value: int, layer: str) -> Slot:
+        """All contributions at ``value`` as one ``g``."""
+        parts = self.of_form(value, "g") + [self._g_of_pair(value, pair, layer) for pair in self.of_form(value, "S")]
+        R = self.of_form(value, "R")
+        if R:
+            rule = self.epsilon_at(value)
+            total = self.sum(R, layer)
+            eps = self.eps_operand(value, rule)
+            parts.append(self.b.emit(layer, rule, "ratio", ops.stabilised_ratio, (total, Slot(value), eps)))
+        return self.sum(parts, layer)
+
+    def take_R(self, value: int, layer: str, carrier: int | None = None) -> Slot:
+        """All contributions at ``value`` as one ``R``; ``carrier`` is the value that ``g`` multiplies, if another one."""
+        parts = self.of_form(value, "R")
+        g = self.of_form(value, "g") + [self._g_of_pair(value, pair, layer) for pair in self.of_form(value, "S")]
+        if g:
+            carrier = value if carrier is None else carrier
+            parts = [*parts, self.b.emit(layer, None, "times", ops.times, (Slot(carrier), self.sum(g, layer)))]
+        return self.sum(parts, layer)
+
+    def _g_of_pair(self, value: int, pair: tuple[Slot, Slot | None], layer: str) -> Slot:
+        """An "S" pair at a value that is no sum of two parts: the positive share where it is >= 0, else the negative."""
+        plus, minus = pair
+        if minus is None:
+            return plus
+        return self.b.emit(layer, ZPlus(), "by_sign", rule_ops.by_sign, (Slot(value), plus, minus))
+
+    # ---- the two sums of z+ ------------------------------------------------------------------------------------------
+
+    def sums(self, value: int) -> tuple[Slot, Slot | None, Any]:
+        """``(P, M, bias)`` of a value for z+ through a BatchNorm after it: linear maps and their concatenations have
+        both sums; anything else counts as one positive contribution (M None), or by sign where it may be negative."""
+        return self.b.once(("sums", value), lambda: self._sums(value))
+
+    def _sums(self, value: int) -> tuple[Slot, Slot | None, Any]:
+        node, b = self.b.graph.nodes[value], self.b
+        if node.kind in LINEAR:
+            source = node.inputs[0]
+            operands = (Slot(source), node.attrs["weight"], node.attrs["geometry"], not b.nonneg[source])
+            P, M = b.emit(node.name, ZPlus(), "plus_products", rule_ops.plus_products, operands, outs=2)
+            return P, M, node.attrs["bias"]
+        if node.kind == "concat":
+            parts = [self.sums(source) for source in node.inputs]
+            dim = node.attrs["dim"]
+            P = b.emit(node.name, None, "concat", torch.cat, (tuple(p for p, _, _ in parts), dim))
+            M = bias = None
+            if any(m is not None for _, m, _ in parts):
+                pairs = tuple((p, m) for p, m, _ in parts)
+                M = b.emit(node.name, None, "concat", _cat_or_zeros, (pairs, dim))
+            if any(c is not None for _, _, c in parts):
+                vectors = tuple((p, c) for p, _, c in parts)
+                bias = b.emit(node.name, None, "concat", _cat_biases, (vectors, dim))
+            return P, M, bias
+        if node.kind == "pool_avg" and not b.nonneg[node.inputs[0]]:
+            up, down = (
+                b.emit(node.name, ZPlus(), "avg_pool", _pool_of_part, (Slot(node.inputs[0]), sign, *_pool(node)))
+                for sign in (1, -1)
+            )
+            return up, down, None
+        if b.nonneg[value]:
+            return Slot(value), None, None
+        up, down = (b.emit(node.name, ZPlus(), "part", _part, (Slot(value), sign)) for sign in (1, -1))
+        return up, down, None
+
+
+def lower(
+    graph: Graph, specs: tuple[StreamSpec, ...], hidden: dict[str, int], backend: str, taps: bool = False
+) -> Lowered:
+    """Emit the program of ``graph`` for the maps ``specs``.
+
+    Args:
+        graph: the model.
+        specs: the maps, in the order of the K axis.
+        hidden: names of inner values whose maps are wanted.
+        backend: "auto", "reference" or "cuda".
+        taps: also keep each node's incoming and outgoing relevance (for the conservation check).
+    """
+    b = Builder(graph, specs, frozenset(hidden.values()), backend)
+    for index, node in enumerate(graph.nodes):
+        kind = b.kinds[node.kind]
+        b.nonneg.append(kind.nonneg(b, node))
+        kind.forward(b, index, node)
+
+    starts: dict[str, int | None] = {}
+    for stream in b.streams:
+        if stream.spec.from_all:
+            starts[stream.name] = None
+            _start_from_all(b, stream)
+        else:
+            starts[stream.name] = b.slot()
+            stream.give(graph.output, "g", Slot(starts[stream.name]))
+
+    hidden_slots: dict[str, dict[str, int]] = {name: {} for name in hidden}
+    tapped = []
+    for index in reversed(range(1, len(graph.nodes))):
+        node = graph.nodes[index]
+        for stream in b.streams:
+            if not stream.has(index):
+                continue
+            for name, value in hidden.items():
+                if value == index:
+                    hidden_slots[name][stream.name] = stream.take_R(index, node.name).index
+            if node.kind == "host":
+                continue
+            before = {source: len(stream.contributions.get(source, [])) for source in node.inputs}
+            b.kinds[node.kind].relevance(b, index, node, stream)
+            if taps:
+                tapped.append((index, stream, before))
+    heatmaps = {}
+    for stream in b.streams:
+        if not stream.has(0):
+            raise UnsupportedModelError("no relevance reaches the input: do the logits depend on it?")
+        heatmaps[stream.name] = stream.take_R(0, "input").index
+    for name, streams in hidden_slots.items():
+        if not streams:
+            raise UnsupportedModelError(f"supervise: no relevance reaches {name!r}: the logits do not depend on it")
+    tap_slots = tuple(_tap(b, *tap) for tap in tapped)
+    return Lowered(
+        tuple(b.forward), tuple(b.relevance), b.slots, graph.output, starts, heatmaps, hidden_slots, tap_slots
+    )
+
+
+def _tap(b: Builder, index: int, stream: Stream, before: dict[int, int]) -> tuple[str, str, int, tuple[int, ...]]:
+    """Slots of a node's relevance, coming in at its output and handed on to its inputs by it alone."""
+    node = b.graph.nodes[index]
+    out = stream.take_R(index, node.name).index
+    handed = []
+    for source, count in before.items():
+        alone = Stream(b, stream.spec)
+        for form, slot in stream.contributions.get(source, [])[count : count + node.inputs.count(source)]:
+            alone.give(source, form, slot)
+        if alone.has(source):
+            handed.append(alone.take_R(source, node.name).index)
+    return node.name, stream.name, out, tuple(handed)
+
+
+def _start_from_all(b: Builder, stream: Stream) -> None:
+    """Dual's map 0 starts from all logits at once: ``R+ = W+ a + b+`` of the last layer, its own z+ sum."""
+    index = b.graph.output
+    while b.graph.nodes[index].kind in ("reshape", "permute"):
+        index = b.graph.nodes[index].inputs[0]
+    if b.graph.nodes[index].kind in LINEAR:
+        stream.give(index, "all", None)
+    else:  # the logits are not a linear map's output (a global pool, say): their positive part
+        logits = Slot(b.graph.output)
+        R = b.emit("logits", ZPlus(), "part", _part, (logits, 1))
+        stream.give(b.graph.output, "R", R)
+
+
+def _resolve(operand: Any) -> Any:
+    """References become slots (a node's slot is its index), at any depth."""
+    if isinstance(operand, Ref):
+        return Slot(operand.index)
+    if isinstance(operand, tuple) and not hasattr(operand, "_fields"):
+        return tuple(_resolve(part) for part in operand)
+    if isinstance(operand, list):
+        return tuple(_resolve(part) for part in operand)
+    return operand
+
+
+def rule_name(rule: Rule | None) -> str:
+    """A rule as `plan()` prints it: ``epsilon(0.01)``, ``z+(0.01)``, ``zB[0, 1]``."""
+    if rule is None:
+        return ""
+    kind = type(rule).__name__
+    if kind == "Epsilon":
+        return f"epsilon({rule.eps:g}{' rms' if rule.relative else ''})"
+    if kind == "ZPlus":
+        return f"z+({rule.eps:g})"
+    if kind == "ZB":
+        return f"zB[{_bound(rule.low)}, {_bound(rule.high)}]"
+    if kind == "Gamma":
+        return f"gamma({rule.gamma:g})"
+    if kind == "AlphaBeta":
+        return f"alpha{rule.alpha:g}beta{rule.beta:g}"
+    return {"WSquare": "w^2", "Flat": "flat"}[kind]
+
+
+def _bound(bound: Any) -> str:
+    return f"{bound:g}" if isinstance(bound, (int, float)) else "(" + ", ".join(f"{v:g}" for v in bound) + ")"
+
+
+def _pool(node: Node) -> tuple:
+    return node.attrs["spatial"], node.attrs["adaptive"], node.attrs["settings"]
+
+
+def _part(v: Tensor, sign: int) -> Tensor:
+    return (v if sign > 0 else -v).clamp(min=0)
+
+
+def _pool_of_part(v: Tensor, sign: int, spatial: int, adaptive: bool, settings: tuple) -> Tensor:
+    return ops.avg_pool(_part(v, sign), spatial, adaptive, settings)
+
+
+def _cat_or_zeros(pairs: tuple, dim: int) -> Tensor:
+    return torch.cat([torch.zeros_like(p) if m is None else m for p, m in pairs], dim)
+
+
+def _cat_biases(vectors: tuple, dim: int) -> Tensor:
+    return torch.cat([p.new_zeros(p.shape[dim]) if c is None else c.detach() for p, c in vectors])
+
+
+def _spatial_size(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape[2:])
+
+
+def _sample_shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape[1:])

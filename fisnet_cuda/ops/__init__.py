@@ -1,0 +1,47 @@
+"""The ops of the relevance program: tensors and rules in, tensors out, differentiable to first order.
+
+Each is an `torch.autograd.Function` or a composition of ops with an ordinary backward; `fisnet_cuda.reference` holds the
+plain PyTorch behind them, a CUDA extension may serve the same names (`fisnet_cuda._backend`). They know no graphs.
+"""
+
+from .batch_norm import affine_scale_shift, bn_act, tracked_bn_act
+from .first_layer import zb
+from .linear_maps import (
+    Geometry,
+    channel_scale,
+    conv_geometry,
+    fprop,
+    linear_geometry,
+    positive_part,
+    transposed,
+)
+from .linear_ops import linear_op, linear_op_transposed, slice_op, slice_transposed
+from .phi import dual_phi, phi_scale, relative_epsilon, stabilised_ratio, times
+from .pooling import avg_pool, avg_pool_transposed, max_pool, max_pool_transposed
+
+__all__ = [
+    "Geometry",
+    "affine_scale_shift",
+    "avg_pool",
+    "avg_pool_transposed",
+    "bn_act",
+    "channel_scale",
+    "conv_geometry",
+    "dual_phi",
+    "fprop",
+    "linear_geometry",
+    "linear_op",
+    "linear_op_transposed",
+    "max_pool",
+    "max_pool_transposed",
+    "phi_scale",
+    "positive_part",
+    "relative_epsilon",
+    "slice_op",
+    "slice_transposed",
+    "stabilised_ratio",
+    "times",
+    "tracked_bn_act",
+    "transposed",
+    "zb",
+]

@@ -1,0 +1,95 @@
+"""The z^B rule: where the relevance program ends for bounded inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._backend import kernel
+from ..reference import Geometry
+from .linear_maps import _compute_dtype
+
+
+class _ZB(torch.autograd.Function):
+    @staticmethod
+    def forward(R_out, x, z, W, shift, low, high, eps, geometry, backend):
+        return kernel("zb", backend, R_out)(R_out, x, z, W, shift, low, high, eps, Geometry(*geometry))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, x, _, W, shift, low, high, _, ctx.geometry, ctx.backend = inputs
+        _, s, den = output
+        ctx.save_for_backward(s, den, x, W, shift, low, high)
+        ctx.mark_non_differentiable(s, den)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, R_bar, _s, _den):
+        s, den, x, W, shift, low, high = ctx.saved_tensors
+        if R_bar is None:
+            return (None,) * 10
+        need = ctx.needs_input_grad
+        R_out_bar, W_bar, shift_bar, x_bar = kernel("zb_backward", ctx.backend, s)(
+            R_bar, s, den, x, W, shift, low, high, Geometry(*ctx.geometry), need[3] or need[4], need[1]
+        )
+        return R_out_bar, x_bar, None, W_bar, shift_bar, None, None, None, None, None
+
+
+def zb(
+    R_out: Tensor,  # [N*K, C_out, ...]
+    x: Tensor,  # [N, C_in, ...]
+    z: Tensor,  # [N, C_out, ...]
+    W: Tensor,  # [C_out, C_in/groups, *kernel]
+    shift: Tensor | None,  # [C_out]
+    low: Tensor,  # [C_in] or [1]
+    high: Tensor,  # [C_in] or [1]
+    eps: float,
+    geometry: Geometry,
+    *,
+    backend: str = "auto",
+) -> Tensor:  # [N*K, C_in, ...]
+    """The z^B rule of a layer with inputs ``low <= x <= high``: the heatmap of the whole network.
+
+    ``z' = W x + b - (W+ l + b+ min l) - (W- h + b- max h)``, ``s = R_out / (z' + e sign z')``,
+    ``R = (x - l) W+^T s + (x - h) W-^T s`` (Montavon et al. 2017; semantics.md section 2). Zero padding applies to the
+    constant images ``l`` and ``h`` as well. Deterministic where the library's convolutions are.
+
+    Args:
+        R_out: relevance of the layer's outputs ``[N*K, C_out, ...]``. Gets a gradient.
+        x: the network's input ``[N, C_in, ...]``. Gets a gradient when it asks for one.
+        z: the value of ``W x + b`` wherever ``R_out`` is not 0 (a ReLU's output will do). Its gradient is taken by the
+            formula, that is through ``x``, ``W`` and ``shift``, not through this tensor.
+        W: weight with BatchNorm folded in. Gets a gradient.
+        shift: bias ``b`` with BatchNorm folded in ``[C_out]``, or None. Gets a gradient.
+        low, high: the bounds, ``[C_in]`` or ``[1]``, constant.
+        eps: the stabiliser, in units of ``z``.
+        geometry: `conv_geometry(...)` or `linear_geometry()`.
+        backend: "auto", "reference" or "cuda".
+
+    Returns:
+        Relevance of the input, ``[N*K, C_in, ...]``.
+
+    Raises:
+        ValueError: a bound's length is neither 1 nor the number of channels of ``x``.
+
+    Example:
+        >>> import torch
+        >>> from fisnet_cuda.ops import linear_geometry
+        >>> zero, one = torch.zeros(1), torch.ones(1)
+        >>> W, x = torch.tensor([[2.0, 2.0]]), torch.tensor([[0.25, 0.75]])
+        >>> zb(torch.ones(1, 1), x, x @ W.T, W, None, zero, one, 0.0, linear_geometry())
+        tensor([[0.2500, 0.7500]])
+    """
+    channels = x.shape[1 if geometry.spatial else -1]
+    for name, bound in (("low", low), ("high", high)):
+        if bound.numel() not in (1, channels):
+            raise ValueError(f"input_{name} has {bound.numel()} channels and the input has {channels}: give 1 or {channels}")
+    if not geometry.spatial and x.dim() != 2 and max(low.numel(), high.numel()) > 1:
+        raise ValueError("per-channel bounds need an input [N, C] for a dense first layer: give one number for both")
+    dtype = _compute_dtype(R_out)
+    cast = [t if t is None else t.detach().to(dtype) for t in (z, low, high)]
+    R_out, x, W = R_out.to(dtype), x.to(dtype), W.to(dtype)
+    shift = shift if shift is None else shift.to(dtype)
+    return _ZB.apply(R_out, x, cast[0], W, shift, cast[1], cast[2], float(eps), tuple(geometry), backend)[0]

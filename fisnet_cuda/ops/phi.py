@@ -1,0 +1,225 @@
+"""What LRP-epsilon and Dual do at a ReLU, differentiable to first order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from .._backend import kernel
+
+
+class _PhiScale(torch.autograd.Function):
+    @staticmethod
+    def forward(g, a, eps, skip, scale, backend):
+        return kernel("phi_scale", backend, g)(g, a, eps, skip, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, a, eps, skip, scale, backend = inputs
+        relative = isinstance(eps, Tensor)
+        ctx.save_for_backward(output[1], a, scale, eps if relative else None)
+        ctx.eps = None if relative else eps
+        ctx.has_skip, ctx.backend = skip is not None, backend
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, s_bar, _):
+        s, a, scale, eps = ctx.saved_tensors
+        if s_bar is None:
+            return None, None, None, None, None, None
+        g_bar, a_bar, scale_bar = kernel("phi_scale_backward", ctx.backend, s)(
+            s_bar, s, a, ctx.eps if eps is None else eps, scale, ctx.needs_input_grad[1], ctx.needs_input_grad[4]
+        )
+        return g_bar, a_bar, None, g_bar if ctx.has_skip else None, scale_bar, None
+
+
+class _PhiScalePlain(torch.autograd.Function):
+    """Without ``scale`` the op has one output, which is what its backward saves."""
+
+    @staticmethod
+    def forward(g, a, eps, skip, backend):
+        return kernel("phi_scale", backend, g)(g, a, eps, skip, None)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, a, eps, skip, backend = inputs
+        relative = isinstance(eps, Tensor)
+        ctx.save_for_backward(output, a, eps if relative else None)
+        ctx.eps = None if relative else eps
+        ctx.has_skip, ctx.backend = skip is not None, backend
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, s_bar):
+        s, a, eps = ctx.saved_tensors
+        g_bar, a_bar, _ = kernel("phi_scale_backward", ctx.backend, s)(
+            s_bar, s, a, ctx.eps if eps is None else eps, None, ctx.needs_input_grad[1], False
+        )
+        return g_bar, a_bar, None, g_bar if ctx.has_skip else None, None
+
+
+def phi_scale(
+    g: Tensor,  # [N*K, C, ...]
+    a: Tensor,  # [N, C, ...]
+    eps: float | Tensor,
+    skip: Tensor | None = None,  # [N*K, C, ...]
+    scale: Tensor | None = None,  # [C]
+    *,
+    backend: str = "auto",
+) -> Tensor:  # [N*K, C, ...]
+    """LRP-epsilon through a ReLU in gradient form: ``s = scale . phi(a) . (g + skip)``, ``phi(a) = a / (a + e)``.
+
+    Epsilon rule of Bach et al. 2015 in the form of semantics.md section 1 (Faster ISNet, arXiv 2401.08409): with
+    ``R = a . g`` this is ``R / (z + e)`` wherever the unit is alive, and 0 where it is dead. Deterministic; any floating
+    dtype; under autocast it runs in the dtype of its inputs.
+
+    Args:
+        g: relevance per unit of activation at the ReLU's output, ``[N*K, C, ...]`` (K maps a sample). Gets a gradient.
+        a: the ReLU's output, ``[N, C, ...]``, >= 0. Gets a gradient.
+        eps: epsilon >= 0, absolute, in units of ``a``; or ``[N, 1, ...]`` from `relative_epsilon`, constant.
+        skip: a second consumer's share of ``g``, same shape. Gets a gradient.
+        scale: a per-channel factor ``[C]`` (a BatchNorm before the ReLU). Gets a gradient.
+        backend: "auto", "reference" or "cuda".
+
+    Returns:
+        Relevance per unit of pre-activation, shaped and laid out as ``g``.
+
+    Raises:
+        ValueError: ``g`` is not ``[N*K, ...]`` over the shape of ``a``.
+
+    Example:
+        >>> import torch
+        >>> phi_scale(torch.ones(1, 2), torch.tensor([[0.0, 0.03]]), eps=0.01)
+        tensor([[0.0000, 0.7500]])
+    """
+    _check_maps("g", g, a)
+    if scale is None:
+        return _PhiScalePlain.apply(g, a, eps, skip, backend)
+    return _PhiScale.apply(g, a, eps, skip, scale, backend)[0]
+
+
+class _DualPhi(torch.autograd.Function):
+    @staticmethod
+    def forward(g, g_plus, a, z_plus, eps, eps_plus, backend):
+        return kernel("dual_phi", backend, g)(g, g_plus, a, z_plus, eps, eps_plus)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, a, z_plus, eps, ctx.eps_plus, ctx.backend = inputs
+        relative = isinstance(eps, Tensor)
+        ctx.save_for_backward(a, *output, z_plus, eps if relative else None)
+        ctx.eps = None if relative else eps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, s_bar, s_plus_bar):
+        a, s, s_plus, z_plus, eps = ctx.saved_tensors
+        g_bar, g_plus_bar, a_bar, z_plus_bar = kernel("dual_phi_backward", ctx.backend, a)(
+            s_bar, s_plus_bar, a, s, s_plus, z_plus, ctx.eps if eps is None else eps, ctx.eps_plus
+        )
+        return g_bar, g_plus_bar, a_bar, z_plus_bar, None, None, None
+
+
+def dual_phi(
+    g: Tensor,  # [N, C, ...]
+    g_plus: Tensor,  # [N, C, ...]
+    a: Tensor,  # [N, C, ...]
+    z_plus: Tensor,  # [N, C, ...]
+    eps: float | Tensor,
+    eps_plus: float,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # ([N, C, ...], [N, C, ...])
+    """Both rules of Dual ISNet at one ReLU: ``s = phi(a) g`` (epsilon) and ``s+ = a g+ / (z+ + e)`` (z+).
+
+    Faster ISNet, arXiv 2401.08409; semantics.md sections 1 and 4. Deterministic.
+
+    Args:
+        g, g_plus: relevance per unit of activation of the two maps, ``[N, C, ...]``. Get gradients.
+        a: the ReLU's output, ``[N, C, ...]``, >= 0. Gets a gradient.
+        z_plus: the positive part of the pre-activation, ``W~+ a' + b~+``, ``[N, C, ...]``. Gets a gradient.
+        eps: of the epsilon rule, a number or ``[N, 1, ...]``.
+        eps_plus: of the z+ rule, a number.
+        backend: "auto", "reference" or "cuda".
+
+    Returns:
+        ``(s, s_plus)``, each ``[N, C, ...]``.
+
+    Raises:
+        ValueError: the four tensors differ in shape.
+
+    Example:
+        >>> import torch
+        >>> one = torch.ones(1, 1)
+        >>> dual_phi(one, one, one, 3 * one, eps=1.0, eps_plus=1.0)
+        (tensor([[0.5000]]), tensor([[0.2500]]))
+    """
+    for name, t in (("g_plus", g_plus), ("a", a), ("z_plus", z_plus)):
+        if t.shape != g.shape:
+            raise ValueError(f"{name} must have the shape of g, {tuple(g.shape)}, got {tuple(t.shape)}")
+    return _DualPhi.apply(g, g_plus, a, z_plus, eps, eps_plus, backend)
+
+
+def relative_epsilon(a: Tensor, eps: float) -> Tensor:  # [N, C, ...] -> [N, 1, ...]
+    """``e = eps . rms(a)``, the root mean square of each sample's own activation; detached, never 0.
+
+    Args:
+        a: activations ``[N, C, ...]``.
+        eps: the fraction of the layer's scale, > 0.
+
+    Returns:
+        ``[N, 1, ...]`` in the dtype of ``a``: a map stays independent of the rest of the batch.
+
+    Example:
+        >>> import torch
+        >>> relative_epsilon(torch.tensor([[3.0, 4.0, 0.0, 0.0]]), 0.1)
+        tensor([[0.2500]])
+    """
+    return reference.relative_epsilon(a, eps)
+
+
+def stabilised_ratio(R: Tensor, z: Tensor, eps: float | Tensor) -> Tensor:
+    """``R / (z + e sign z)``, ``sign 0 = +1``, over K maps: relevance per unit of ``z``; 0/0 is 0.
+
+    Args:
+        R: relevance ``[N*K, ...]``. Gets a gradient.
+        z: the value that carries it, ``[N, ...]``. Gets a gradient.
+        eps: epsilon, a number or ``[N, 1, ...]``.
+
+    Example:
+        >>> import torch
+        >>> stabilised_ratio(torch.ones(1, 2), torch.tensor([[1.0, -1.0]]), 1.0)
+        tensor([[ 0.5000, -0.5000]])
+    """
+    _check_maps("R", R, z)
+    R_k, den = reference.phi.per_sample(R, reference.stabilise(z, eps))
+    ratio = R_k / den
+    return ratio.flatten(0, 1) if ratio.dim() > z.dim() else ratio
+
+
+def times(v: Tensor, g: Tensor) -> Tensor:
+    """``R = v . g`` over K maps: ``v [N, ...]``, ``g [N*K, ...]``.
+
+    Example:
+        >>> import torch
+        >>> times(torch.tensor([[2.0]]), torch.tensor([[1.0], [3.0]]))
+        tensor([[2.],
+                [6.]])
+    """
+    _check_maps("g", g, v)
+    g_k, v_k = reference.phi.per_sample(g, v)
+    R = g_k * v_k
+    return R.flatten(0, 1) if R.dim() > v.dim() else R
+
+
+def _check_maps(name: str, r: Tensor, a: Tensor) -> None:
+    """``r`` is ``[N*K, *rest]`` over ``a [N, *rest]``."""
+    n = a.shape[0]
+    if r.shape[1:] != a.shape[1:] or (r.shape[0] % n if n else r.shape[0]):
+        raise ValueError(
+            f"{name} must be [N*K, {', '.join(map(str, a.shape[1:]))}] over the activation's N={n}, got {tuple(r.shape)}"
+        )

@@ -1,0 +1,128 @@
+"""Pools: maximum (winner takes all) and average (a linear map without weights), forward and transposed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._backend import kernel
+
+
+def max_pool(x: Tensor, spatial: int, adaptive: bool, settings: tuple, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """``(values, winners)`` of a max pool; values equal PyTorch's bit for bit.
+
+    Args:
+        x: ``[N, C, *size]`` with ``spatial`` axes. Gets a gradient.
+        spatial: 1, 2 or 3.
+        adaptive: whether ``settings`` is ``(output_size,)`` or ``(kernel_size, stride, padding, dilation, ceil_mode)``.
+        settings: as PyTorch's function takes them.
+        backend: "auto", "reference" or "cuda".
+
+    Returns:
+        Values ``[N, C, *out]`` and the winners' positions in the flattened spatial axes, int64; the first of equals wins.
+
+    Example:
+        >>> import torch
+        >>> max_pool(torch.tensor([[[1.0, 3.0, 2.0, 0.0]]]), 1, False, (2, 2, 0, 1, False))
+        (tensor([[[3., 2.]]]), tensor([[[1, 2]]]))
+    """
+    return kernel("max_pool", backend, x)(x, spatial, adaptive, settings)
+
+
+class _MaxPoolTransposed(torch.autograd.Function):
+    @staticmethod
+    def forward(g, winners, in_size, backend):
+        return kernel("max_pool_scatter", backend, g)(g, winners, in_size)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, winners, _, ctx.backend = inputs
+        ctx.save_for_backward(winners)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, x_bar):
+        (winners,) = ctx.saved_tensors
+        return kernel("max_pool_gather", ctx.backend, x_bar)(x_bar, winners), None, None, None
+
+
+def max_pool_transposed(g: Tensor, winners: Tensor, in_size: tuple[int, ...], *, backend: str = "auto") -> Tensor:
+    """Relevance through a max pool: each window's relevance goes to its winner; where windows overlap they **add**.
+
+    (The authors' LRP-Block overwrites there and loses about a third of the relevance.) On a GPU the additions of
+    overlapping windows follow PyTorch's determinism settings.
+
+    Args:
+        g: relevance ``[N*K, C, *out]``, in either form. Gets a gradient (a gather).
+        winners: from `max_pool`, ``[N, C, *out]``.
+        in_size: spatial size of the pool's input.
+        backend: "auto", "reference" or "cuda".
+
+    Returns:
+        ``[N*K, C, *in_size]``.
+
+    Example:
+        >>> import torch
+        >>> max_pool_transposed(torch.tensor([[[5.0, 7.0]]]), torch.tensor([[[1, 1]]]), (3,))
+        tensor([[[ 0., 12.,  0.]]])
+    """
+    return _MaxPoolTransposed.apply(g, winners, tuple(in_size), backend)
+
+
+_AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_ADAPTIVE_AVG_POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+def avg_pool(x: Tensor, spatial: int, adaptive: bool, settings: tuple) -> Tensor:
+    """An average pool by PyTorch's own function; ``settings`` are its positional arguments after the input.
+
+    Example:
+        >>> import torch
+        >>> avg_pool(torch.tensor([[[1.0, 3.0]]]), 1, True, (1,))
+        tensor([[[2.]]])
+    """
+    return (_ADAPTIVE_AVG_POOL if adaptive else _AVG_POOL)[spatial](x, *settings)
+
+
+def avg_pool_transposed(g: Tensor, spatial: int, adaptive: bool, settings: tuple, in_size: tuple[int, ...]) -> Tensor:
+    """The transpose of `avg_pool`: ``[N*K, C, *out] -> [N*K, C, *in_size]``, differentiable to first order.
+
+    Example:
+        >>> import torch
+        >>> avg_pool_transposed(torch.ones(1, 1, 1), 1, True, (1,), (4,))
+        tensor([[[0.2500, 0.2500, 0.2500, 0.2500]]])
+    """
+    if adaptive and all(size == 1 for size in g.shape[2:]):  # global pool: nothing but a broadcast
+        count = 1
+        for size in in_size:
+            count *= size
+        return (g / count).expand(*g.shape[:2], *in_size)
+    if spatial == 1:  # PyTorch has no 1-d backward op: run it as a 2-d pool of height 1
+        settings2 = ((1, _one(settings[0])),) if adaptive else _as_2d(settings)
+        return avg_pool_transposed(g.unsqueeze(2), 2, adaptive, settings2, (1, *in_size)).squeeze(2)
+    aten = torch.ops.aten
+    like = g.new_empty(1).expand(*g.shape[:2], *in_size)  # only its shape matters
+    if adaptive:
+        op = aten._adaptive_avg_pool2d_backward if spatial == 2 else aten._adaptive_avg_pool3d_backward
+        return op(g, like)
+    op = aten.avg_pool2d_backward if spatial == 2 else aten.avg_pool3d_backward
+    kernel_size, stride, padding, ceil_mode, count_include_pad, divisor = settings
+    sizes = [_tuple(v, spatial) for v in (kernel_size, kernel_size if stride is None else stride, padding)]
+    return op(g, like, *sizes, ceil_mode, count_include_pad, divisor)
+
+
+def _as_2d(settings: tuple) -> tuple:
+    kernel_size, stride, padding, ceil_mode, count_include_pad = settings[:5]
+    k, p = _one(kernel_size), _one(padding)
+    st = k if stride is None else _one(stride)
+    return (1, k), (1, st), (0, p), ceil_mode, count_include_pad, None
+
+
+def _one(v) -> int:
+    return v if isinstance(v, int) else v[0]
+
+
+def _tuple(v, n: int) -> list[int]:
+    return [v] * n if isinstance(v, int) else list(v)

@@ -1,0 +1,119 @@
+"""The z^B rule of the first layer and its adjoint (kernel 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .linear_maps import Geometry, dgrad, fprop, wgrad
+from .phi import per_sample, stabilise, sum_over_maps
+
+
+def _image(bound: Tensor, size: torch.Size) -> Tensor:
+    """The constant image of a bound, ``[C] or [1] -> [1, C, ...]``: its borders meet the layer's zero padding."""
+    if len(size) == 2:
+        return bound.view(1, -1).expand(1, size[1])
+    return bound.view(1, -1, *[1] * (len(size) - 2)).expand(1, *size[1:])
+
+
+def _signed(W: Tensor) -> tuple[Tensor, Tensor]:
+    return W.clamp(min=0), W.clamp(max=0)
+
+
+def _fprop_pair(x_plus: Tensor, x_minus: Tensor, W: Tensor, geometry: Geometry) -> Tensor:
+    """``W+ x_plus + W- x_minus``, as one product over twice the channels where groups allow."""
+    W_plus, W_minus = _signed(W)
+    if geometry.groups > 1:
+        return fprop(x_plus, W_plus, None, geometry) + fprop(x_minus, W_minus, None, geometry)
+    axis = 1 if geometry.spatial else -1
+    return fprop(torch.cat([x_plus, x_minus], axis), torch.cat([W_plus, W_minus], 1), None, geometry)
+
+
+def _dgrad_pair(s: Tensor, W: Tensor, geometry: Geometry, in_size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """``(W+^T s, W-^T s)``."""
+    W_plus, W_minus = _signed(W)
+    if geometry.groups > 1:
+        return dgrad(s, W_plus, geometry, in_size), dgrad(s, W_minus, geometry, in_size)
+    both = dgrad(s, torch.cat([W_plus, W_minus], 1), geometry, in_size)
+    return both.chunk(2, 1 if geometry.spatial else -1)
+
+
+def _wgrad_pair(x_plus: Tensor, x_minus: Tensor, s: Tensor, W: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Gradients of `_fprop_pair` with respect to ``(W+, W-)``, contracted with ``s``."""
+    if geometry.groups > 1:
+        return wgrad(x_plus, s, W, geometry), wgrad(x_minus, s, W, geometry)
+    axis = 1 if geometry.spatial else -1
+    return wgrad(torch.cat([x_plus, x_minus], axis), s, torch.cat([W, W], 1), geometry).chunk(2, 1)
+
+
+def zb(
+    R_out: Tensor,  # [N*K, C_out, ...]
+    x: Tensor,  # [N, C_in, ...]
+    z: Tensor,  # [N, C_out, ...]
+    W: Tensor,  # [C_out, C_in/groups, ...]
+    shift: Tensor | None,  # [C_out]
+    low: Tensor,  # [C_in] or [1]
+    high: Tensor,  # [C_in] or [1]
+    eps: float,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor, Tensor]:  # ([N*K, C_in, ...], [N*K, C_out, ...], [N, C_out, ...])
+    """``R = (x - l) W+^T s + (x - h) W-^T s``, ``s = R_out / (z' + e sign z')``; returns ``(R, s, denominator)``.
+
+    ``z' = z - (W+ l + b+ min l) - (W- h + b- max h)``, with ``W``, ``shift`` (= b) after folding BatchNorm, and ``z`` the
+    pre-activation ``W x + b``, needed only where ``R_out`` is not 0 (so the output of a ReLU will do).
+    """
+    box = _fprop_pair(_image(low, x.shape), _image(high, x.shape), W, geometry)
+    if shift is not None:
+        bound = shift.clamp(min=0) * low.min() + shift.clamp(max=0) * high.max()
+        box = box + bound.view(-1, *[1] * (geometry.spatial))
+    den = stabilise(z - box, eps)
+    R_k, den_k = per_sample(R_out, den)
+    s = R_k / den_k
+    s = s.flatten(0, 1) if s.dim() > den.dim() else s
+    c_plus, c_minus = _dgrad_pair(s, W, geometry, tuple(x.shape[2:]))
+    (c_plus_k, x_k), (c_minus_k, _) = per_sample(c_plus, x), per_sample(c_minus, x)
+    R = (x_k - _image(low, x.shape)) * c_plus_k + (x_k - _image(high, x.shape)) * c_minus_k
+    return (R.flatten(0, 1) if R.dim() > x.dim() else R), s, den
+
+
+def zb_backward(
+    R_bar: Tensor,  # [N*K, C_in, ...]
+    s: Tensor,  # [N*K, C_out, ...]
+    den: Tensor,  # [N, C_out, ...]
+    x: Tensor,  # [N, C_in, ...]
+    W: Tensor,  # [C_out, C_in/groups, ...]
+    shift: Tensor | None,  # [C_out]
+    low: Tensor,  # [C_in] or [1]
+    high: Tensor,  # [C_in] or [1]
+    geometry: Geometry,
+    need_W: bool = True,
+    need_x: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """``(R_out_bar, W_bar, shift_bar, x_bar)``, the adjoint of `zb`, with ``z`` differentiated as ``W x + b``."""
+    R_bar_k, x_k = per_sample(R_bar, x)
+    low_image, high_image = _image(low, x.shape), _image(high, x.shape)
+    c_plus_bar, c_minus_bar = (x_k - low_image) * R_bar_k, (x_k - high_image) * R_bar_k
+    if c_plus_bar.dim() > x.dim():
+        c_plus_bar, c_minus_bar = c_plus_bar.flatten(0, 1), c_minus_bar.flatten(0, 1)
+    s_bar = _fprop_pair(c_plus_bar, c_minus_bar, W, geometry)
+    s_bar_k, den_k = per_sample(s_bar, den)
+    R_out_bar = s_bar_k / den_k
+    R_out_bar = R_out_bar.flatten(0, 1) if R_out_bar.dim() > den.dim() else R_out_bar
+    z_bar = sum_over_maps(per_sample(s * R_out_bar, den)[0], den).neg()
+
+    W_bar = shift_bar = x_bar = None
+    if need_W:
+        plus, minus = _wgrad_pair(c_plus_bar, c_minus_bar, s, W, geometry)
+        # the constant images are the same for every sample, so their share needs the batch's sum only
+        box_plus, box_minus = _wgrad_pair(low_image, high_image, z_bar.sum(0, keepdim=True), W, geometry)
+        signed = torch.where(W > 0, plus - box_plus, 0) + torch.where(W < 0, minus - box_minus, 0)
+        W_bar = wgrad(x, z_bar, W, geometry) + signed
+        if shift is not None:
+            b_bar = z_bar.sum([0, *range(2, z_bar.dim())]) if geometry.spatial else z_bar.flatten(0, -2).sum(0)
+            inside = 1 - torch.where(shift > 0, low.min(), 0) - torch.where(shift < 0, high.max(), 0)
+            shift_bar = b_bar * inside
+    if need_x:
+        c_plus, c_minus = _dgrad_pair(s, W, geometry, tuple(x.shape[2:]))
+        direct = sum_over_maps(per_sample(c_plus + c_minus, x)[0] * R_bar_k, x)
+        x_bar = direct + dgrad(z_bar, W, geometry, tuple(x.shape[2:]))
+    return R_out_bar, W_bar, shift_bar, x_bar
