@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         print(f"The demo needs {' and '.join(missing)}: pip install fisnet_cuda[demo]", file=sys.stderr)
         return 1
-    with _few_threads():
+    with _one_thread():
         _run(args.out, args.quick, args.seed, args.absolute_epsilon)
     return 0
 
@@ -55,12 +55,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 @contextmanager
-def _few_threads(at_most: int = 4) -> Iterator[None]:
-    """Nets this small gain nothing from many threads: handing out the work takes longer than doing it."""
+def _one_thread() -> Iterator[None]:
+    """Nets this small gain little from threads, and slow down many times where the cores are busy."""
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, at_most))
+    torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -153,7 +153,7 @@ def classes_figure(times: Sequence[StepTime], path: Path) -> Path:
     ax.text(
         0,
         1.025,
-        "Low and flat is good. Line: median; band: 20th to 80th percentile; CPU."
+        "Low and flat is good. Line: median; band: 20th to 80th percentile; one CPU thread."
         + (f" Original measured up to {measured:,} classes." if measured < counts[-1] else ""),
         transform=ax.transAxes,
         fontsize=10,

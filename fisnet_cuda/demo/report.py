@@ -43,7 +43,7 @@ def classes_table(times: Sequence[StepTime]) -> str:
     counts = sorted({row.classes for row in times})
     cells = {(row.kind, row.classes): row.p50 for row in times}
     lines = [
-        "Time of a training step, ms: median (and how many plain steps it takes)",
+        "Time of a training step on one CPU thread, ms: median (and how many plain steps it takes)",
         f"{'classes':<12}" + "".join(f"{count:>16,}" for count in counts),
         "-" * (12 + 16 * len(counts)),
     ]

@@ -105,7 +105,7 @@ def train(
         else:
             out = net(batch.images, relevance=True)
             loss, parts = heatmap_loss(out, batch.labels, batch.masks)
-            note = f"classification loss {parts['classification']:.3f}, heatmap loss {parts['heatmap']:.3f}"
+            note = f"classification loss {parts.classification:.3f}, heatmap loss {parts.heatmap:.3f}"
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -143,7 +143,8 @@ def explain(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Heatmaps ``[N, H, W]``: each pixel's relevance for the class told, in units of that class's logit."""
     predicted = predict(model, batch)
     parts = zip(batch.images.split(256), predicted.split(256))
-    return torch.cat([fc.relevance(model, x, target=c)[:, 0].sum(1) for x, c in parts])
+    rules = fc.rules.RuleMap(conv=EPSILON, linear=EPSILON, first=fc.rules.ZB(low=0, high=1))
+    return torch.cat([fc.relevance(model, x, target=c, rules=rules)[:, 0].sum(1) for x, c in parts])
 
 
 def background_share(model: nn.Module, batch: Batch) -> float:

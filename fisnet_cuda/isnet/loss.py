@@ -206,7 +206,7 @@ class ISNetLoss(torch.nn.Module):
         self.checked = False
 
     @property
-    def P_now(self) -> float:  # noqa: N802 -- P is the symbol of the equation
+    def P_now(self) -> float:
         """P in this epoch: of a schedule, the value of the last epoch it names that has come."""
         if isinstance(self.P, float):
             return self.P
@@ -425,83 +425,76 @@ def check_masks(
 
 
 class _PerLayer(torch.nn.Module):
-    """C1 or C2: numbers as numbers, values for each map as buffers that move with the loss."""
+    """C1 or C2 by layer. More than one value a layer is kept as a buffer too, which moves with the loss."""
 
-    def __init__(self, name: str, value: RangeEnd) -> None:
+    def __init__(self, name: str, given: RangeEnd) -> None:
         super().__init__()
         self.name = name
-        self.by_layer = isinstance(value, Mapping)
-        self.numbers: dict[str, float] = {}
+        self.by_layer = isinstance(given, Mapping)
+        self.values: dict[str, list[float]] = {}  # one value, or one for each map
         self.buffer_names: dict[str, str] = {}  # layer names have dots, buffer names must not
-        for layer, given in value.items() if isinstance(value, Mapping) else [("", value)]:
-            label = f"{name}[{layer!r}]" if self.by_layer else name
-            values = self._values(label, given)
-            if isinstance(values, float):
-                self.numbers[layer] = values
-            else:
+        for layer, value in given.items() if isinstance(given, Mapping) else [("", given)]:
+            values = self._values(f"{name}[{layer!r}]" if self.by_layer else name, value)
+            self.values[layer] = values
+            if len(values) > 1:
                 self.buffer_names[layer] = f"values{len(self.buffer_names)}"
-                self.register_buffer(self.buffer_names[layer], values, persistent=False)
+                tensor = torch.tensor(values, dtype=torch.float64)
+                self.register_buffer(self.buffer_names[layer], tensor, persistent=False)
 
     @staticmethod
-    def _values(label: str, given: float | Sequence[float] | Tensor) -> float | Tensor:
+    def _values(label: str, given: Any) -> list[float]:
         if isinstance(given, (int, float, str)):
-            return _number(label, given, 0, open_low=True)
-        try:
-            values = torch.as_tensor(given, dtype=torch.float64).detach()
-        except (TypeError, ValueError, RuntimeError) as error:
+            return [_number(label, given, 0, open_low=True)]
+        values = given.tolist() if hasattr(given, "tolist") else given  # tensors and arrays
+        if isinstance(values, (int, float)):  # of no axes
+            values = [values]
+        if not isinstance(values, Sequence):
             raise TypeError(
                 f"{label} must be a number, a tensor or sequence with a value for each map, or a dict "
-                f"of these by layer, got {type(given).__name__}"
-            ) from error
-        if values.dim() > 1 or values.numel() == 0:
-            raise ValueError(f"{label} must have a value for each map, [K], got shape {list(values.shape)}")
-        numbers = [_number(label, number, 0, open_low=True) for number in values.flatten().tolist()]
-        return numbers[0] if len(numbers) == 1 else values
+                f"of these by layer, got {_kind(given)}"
+            )
+        if len(values) == 0:
+            raise ValueError(f"{label} must have a value for each map, got none")
+        return [_number(label, value, 0, open_low=True) for value in values]
 
-    def layers(self) -> list[str]:
-        return [*self.numbers, *self.buffer_names]
-
-    def at(self, layer: str) -> float | Tensor | None:
-        """The value or values of a layer; None when a dict does not name it."""
-        key = layer if self.by_layer else ""
-        if key in self.numbers:
-            return self.numbers[key]
-        return getattr(self, self.buffer_names[key]) if key in self.buffer_names else None
+    def at(self, layer: str) -> list[float] | None:
+        """The value of a layer, or its value for each map; None when a dict does not name the layer."""
+        return self.values.get(layer if self.by_layer else "")
 
     def of(self, layer: str, R: Tensor) -> float | Tensor:
         """As `at`, on the device of the layer's maps ``R`` [N, K, ...]; raises if none fits."""
         values, K = self.at(layer), R.shape[1]
         if values is None:
             raise ValueError(
-                f"{self.name} has no value for layer {layer!r}, only for {self.layers()}; add one, or tune "
-                f"them with fisnet_cuda.tune_c1_c2(net, batches)"
+                f"{self.name} has no value for layer {layer!r}, only for {list(self.values)}; add one, or "
+                f"tune them with fisnet_cuda.tune_c1_c2(net, batches)"
             )
-        if isinstance(values, float):
-            return values
+        if len(values) == 1:
+            return values[0]
         if len(values) != K:
             raise ValueError(
                 f"{self.name} has {len(values)} values for layer {layer!r}, which has {K} maps a sample; "
                 f"give one value, or one for each map"
             )
-        return values.to(R.device, non_blocking=True)
+        buffer = getattr(self, self.buffer_names[layer if self.by_layer else ""])
+        return buffer.to(R.device, non_blocking=True)
 
     def extra_repr(self) -> str:
-        shown = {layer: self.at(layer) for layer in self.layers()}
-        shown = {layer: v if isinstance(v, float) else v.tolist() for layer, v in shown.items()}
+        shown = {layer: values[0] if len(values) == 1 else values for layer, values in self.values.items()}
         return str(shown if self.by_layer else shown[""])
 
 
 def _check_order(c1: _PerLayer, c2: _PerLayer) -> None:
-    for layer in dict.fromkeys([*c1.layers(), *c2.layers()]):
+    for layer in dict.fromkeys([*c1.values, *c2.values]):
         low, high = c1.at(layer), c2.at(layer)
         if low is None or high is None:  # only one of them names the layer: reported if it is used
             continue
-        low, high = (torch.as_tensor(c, dtype=torch.float64, device="cpu") for c in (low, high))
         where = f" for layer {layer!r}" if layer else ""
-        if low.dim() and high.dim() and len(low) != len(high):
+        K = max(len(low), len(high))
+        if not {len(low), len(high)} <= {1, K}:
             raise ValueError(f"c1 has {len(low)} values{where}, c2 has {len(high)}; give one for each map")
-        if (low > high).any():
-            raise ValueError(f"c1 must not exceed c2{where}, got {low.tolist()} and {high.tolist()}")
+        if any(low[k % len(low)] > high[k % len(high)] for k in range(K)):
+            raise ValueError(f"c1 must not exceed c2{where}, got {low} and {high}")
 
 
 def _number(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> float:

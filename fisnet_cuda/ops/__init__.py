@@ -6,6 +6,7 @@ plain PyTorch behind them, a CUDA extension may serve the same names (`fisnet_cu
 
 from .batch_norm import affine_scale_shift, bn_act, tracked_bn_act
 from .first_layer import zb
+from .heatmap_loss import gwrp, heatmap_loss, resize_mask
 from .linear_maps import (
     Geometry,
     channel_scale,
@@ -29,6 +30,8 @@ __all__ = [
     "conv_geometry",
     "dual_phi",
     "fprop",
+    "gwrp",
+    "heatmap_loss",
     "linear_geometry",
     "linear_op",
     "linear_op_transposed",
@@ -37,6 +40,7 @@ __all__ = [
     "phi_scale",
     "positive_part",
     "relative_epsilon",
+    "resize_mask",
     "slice_op",
     "slice_transposed",
     "stabilised_ratio",

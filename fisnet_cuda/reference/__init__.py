@@ -30,6 +30,7 @@ Sources
 
 from .batch_norm import affine_scale_shift, bn_act
 from .first_layer import zb, zb_backward
+from .heatmap_loss import gwrp, gwrp_terms, heatmap_loss, resize_mask
 from .linear_maps import Geometry, conv_geometry, dgrad, fprop, linear_geometry, wgrad
 from .phi import (
     dual_phi,
@@ -50,6 +51,9 @@ __all__ = [
     "dual_phi",
     "dual_phi_backward",
     "fprop",
+    "gwrp",
+    "gwrp_terms",
+    "heatmap_loss",
     "linear_geometry",
     "max_pool",
     "max_pool_gather",
@@ -57,6 +61,7 @@ __all__ = [
     "phi_scale",
     "phi_scale_backward",
     "relative_epsilon",
+    "resize_mask",
     "stabilise",
     "wgrad",
     "zb",
