@@ -540,7 +540,7 @@ class Folded(nn.Module):
 
 
 def test_zplus_of_pools_and_sums_by_hand():
-    """Section 4's formulas: max pool, the same before a BN, BN behind a ReLU, a residual sum of signed values."""
+    """Section 4's formulas: max pool, also before BN; BN behind a ReLU; a residual sum of signed values."""
     torch.manual_seed(3)
     bn, pool = nn.BatchNorm1d(2).double().eval(), nn.MaxPool1d(3, 2, 1)
     with torch.no_grad():
@@ -563,10 +563,27 @@ def test_zplus_of_pools_and_sums_by_hand():
     R, got = explain(("pool", pool, "relu"))
     u = pool(a)
     assert equal(got, a * torch.autograd.grad(u, a, R / (u + E))[0])
+    R, got = explain(("pool", pool, "relu"), ("bn", bn, "pool"), ("bn again", bn, "bn"))
+    u, b2 = pool(a), (k + 1) * bn.bias[:, None]
+    assert equal(got, a * torch.autograd.grad(u, a, k**2 * R / (k**2 * u + b2.clamp(min=0) + E))[0])
     R, got = explain(("bn", bn, "relu"))
     assert equal(got, a * kp * R / (kp * a + bp + E))
     R, got = explain(("add", "add", ("relu", "x")))
     assert equal(got, (a + v.clamp(min=0)) * R / (a + v.clamp(min=0) + E))
+
+
+def test_bounds_per_channel():
+    """low and high, one number a channel, become images; R_1 = y_0 g of the first ReLU's output y_0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(75, 1)).double()
+    low, high = torch.tensor([-1.0, -2.0]), torch.tensor([1.5, 0.5])
+    x = low[:, None, None] + torch.rand(2, 2, 5, 5, dtype=torch.float64) * (high - low)[:, None, None]
+    W, b = oracles.layer_matrix(model[0], (2, 5, 5))
+    R_1 = (model[:3](x) * model[3].weight)[:, None]
+    bounds = low.double().repeat_interleave(25), high.double().repeat_interleave(25)
+    want = oracles.zb(W, b, oracles.flatten(x), R_1, *bounds, E)
+    out = oracles.explain_epsilon(oracles.Net.chain(model), x, oracles.original, E, low=low, high=high)
+    assert error(out.heatmaps, want.reshape(out.heatmaps.shape)) < 1e-12
 
 
 @pytest.mark.parametrize("absolute", [False, True])

@@ -92,7 +92,7 @@ def _run(out: Path, quick: bool, seed: int, absolute_epsilon: bool) -> None:
         train.train(name, variant, recipe, train_originals, tests, seed, epsilon)
         for name, variant, epsilon in plan
     ]
-    times = classes.measure((2, 10), original_up_to=10, repetitions=2) if quick else classes.measure()
+    times = classes.measure((2, 10), original_up_to=10, repetitions=3) if quick else classes.measure()
 
     heatmaps = figures.heatmaps_figure(nets, tests, out / "heatmaps.png")
     scaling = figures.classes_figure(times, out / "classes.png")

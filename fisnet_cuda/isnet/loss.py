@@ -37,11 +37,11 @@ class LayerLoss(NamedTuple):
 
 
 class LossParts(NamedTuple):
-    """What `ISNetLoss` is made of, for logging. Tensors are 0-d, on the device and detached: keeping them
-    keeps no graph.
+    """What `ISNetLoss` is made of, for logging.
 
-    Means are over the samples that have a mask, and 0 when there is none: to average over batches, weight
-    ``background_share`` and the heatmap losses by ``counts["with_mask"]``.
+    Tensors are 0-d, on the device and detached: keeping them keeps no graph. Means are over the samples that
+    have a mask, and 0 when there is none: to average over batches, weight ``background_share`` and the
+    heatmap losses by ``counts["with_mask"]``.
     """
 
     classification: Tensor
@@ -55,8 +55,7 @@ class LossParts(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskReport:
-    """How many masks are there and how many look wrong; a sample counts in ``n`` and at most one of the
-    others.
+    """How many masks there are and how many look wrong; each sample is in ``n`` and at most one other count.
 
     Args:
         n: samples.
@@ -152,7 +151,7 @@ class ISNetLoss(torch.nn.Module):
         >>> masks[:, 1:3, 1:3] = 1
         >>> total, parts = loss(out, torch.tensor([1]), masks)
         >>> f"{parts.classification:.3f} {parts.background:.3f} {parts.background_share:.3f}"
-        '0.693 0.693 0.750'
+        '0.693 0.632 0.750'
     """
 
     def __init__(
@@ -321,7 +320,7 @@ class ISNetLoss(torch.nn.Module):
             return _default_classification(logits, labels)
         value = self.classification_loss(logits, labels)
         if not isinstance(value, Tensor) or value.dim() != 0:
-            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            got = list(value.shape) if isinstance(value, Tensor) else _kind(value)
             raise ValueError(f"classification_loss must return a 0-d tensor, got {got}; use reduction='mean'")
         return value
 
@@ -669,7 +668,8 @@ def _mask_counts(M: Tensor, has: Tensor) -> dict[str, Tensor]:
     on_border, border_pixels = on_all - on_inner, pixels - inner_pixels
     full = on_all == pixels
     # Shares of border and interior, compared without dividing; a mask without an interior is never suspect.
-    inverted = (2 * on_border > border_pixels) & (on_border * inner_pixels > on_inner * border_pixels) & ~full
+    # A full one is not either: its shares are equal.
+    inverted = (2 * on_border > border_pixels) & (on_border * inner_pixels > on_inner * border_pixels)
     with_mask = has.sum()
     return {
         "with_mask": with_mask,

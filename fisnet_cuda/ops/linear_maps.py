@@ -126,7 +126,7 @@ def channel_scale(g: Tensor, scale: Tensor) -> Tensor:
 class _PositivePart(torch.autograd.Function):
     @staticmethod
     def forward(W, sign):
-        return _signed(W, sign).clamp_(min=0)
+        return W.clamp(min=0) if sign is None else _signed(W, sign).clamp_(min=0)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -140,8 +140,8 @@ class _PositivePart(torch.autograd.Function):
         return (masked if sign is None else _signed(masked, sign)), None
 
 
-def _signed(W: Tensor, sign: Tensor | None) -> Tensor:
-    return W.clone() if sign is None else W * sign.view(-1, *[1] * (W.dim() - 1))
+def _signed(W: Tensor, sign: Tensor) -> Tensor:
+    return W * sign.view(-1, *[1] * (W.dim() - 1))
 
 
 def positive_part(W: Tensor, sign: Tensor | None = None) -> Tensor:

@@ -97,6 +97,7 @@ def phi_scale(
         tensor([[0.0000, 0.7500]])
     """
     _check_maps("g", g, a)
+    eps = _number(eps)
     if scale is None:
         return _PhiScalePlain.apply(g, a, eps, skip, backend)
     return _PhiScale.apply(g, a, eps, skip, scale, backend)[0]
@@ -161,7 +162,7 @@ def dual_phi(
     for name, t in (("g_plus", g_plus), ("a", a), ("z_plus", z_plus)):
         if t.shape != g.shape:
             raise ValueError(f"{name} must have the shape of g, {tuple(g.shape)}, got {tuple(t.shape)}")
-    return _DualPhi.apply(g, g_plus, a, z_plus, eps, eps_plus, backend)
+    return _DualPhi.apply(g, g_plus, a, z_plus, _number(eps), float(eps_plus), backend)
 
 
 def relative_epsilon(a: Tensor, eps: float) -> Tensor:  # [N, C, ...] -> [N, 1, ...]
@@ -182,13 +183,53 @@ def relative_epsilon(a: Tensor, eps: float) -> Tensor:  # [N, C, ...] -> [N, 1, 
     return reference.relative_epsilon(a, eps)
 
 
-def stabilised_ratio(R: Tensor, z: Tensor, eps: float | Tensor) -> Tensor:
+class _Ratio(torch.autograd.Function):
+    @staticmethod
+    def forward(R, z, eps, nonneg, backend):
+        return kernel("ratio", backend, R)(R, z, eps, nonneg)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        s, den = output
+        ctx.save_for_backward(s, den)
+        ctx.backend = inputs[4]
+        ctx.mark_non_differentiable(den)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, s_bar, _):
+        if s_bar is None:
+            return None, None, None, None, None
+        s, den = ctx.saved_tensors
+        R_bar, z_bar = kernel("ratio_backward", ctx.backend, s)(s_bar, s, den, ctx.needs_input_grad[1])
+        return R_bar, z_bar, None, None, None
+
+
+def stabilised_ratio(
+    R: Tensor,  # [N*K, ...]
+    z: Tensor,  # [N, ...]
+    eps: float | Tensor,
+    nonneg: bool = False,
+    *,
+    backend: str = "auto",
+) -> Tensor:  # [N*K, ...]
     """``R / (z + e sign z)``, ``sign 0 = +1``, over K maps: relevance per unit of ``z``; 0/0 is 0.
+
+    The division of every rule in ratio form (Bach et al. 2015). Deterministic.
 
     Args:
         R: relevance ``[N*K, ...]``. Gets a gradient.
         z: the value that carries it, ``[N, ...]``. Gets a gradient.
-        eps: epsilon, a number or ``[N, 1, ...]``.
+        eps: epsilon >= 0, a number or ``[N, 1, ...]`` (constant), in units of ``z``.
+        nonneg: ``z`` is known to be >= 0 (the sums of z+), which saves passes.
+        backend: "auto", "reference" or "cuda".
+
+    Returns:
+        Shaped as ``R``.
+
+    Raises:
+        ValueError: ``R`` is not ``[N*K, ...]`` over the shape of ``z``.
 
     Example:
         >>> import torch
@@ -196,9 +237,7 @@ def stabilised_ratio(R: Tensor, z: Tensor, eps: float | Tensor) -> Tensor:
         tensor([[ 0.5000, -0.5000]])
     """
     _check_maps("R", R, z)
-    R_k, den = reference.phi.per_sample(R, reference.stabilise(z, eps))
-    ratio = R_k / den
-    return ratio.flatten(0, 1) if ratio.dim() > z.dim() else ratio
+    return _Ratio.apply(R, z, eps, nonneg, backend)[0]
 
 
 def times(v: Tensor, g: Tensor) -> Tensor:
@@ -214,6 +253,10 @@ def times(v: Tensor, g: Tensor) -> Tensor:
     g_k, v_k = reference.phi.per_sample(g, v)
     R = g_k * v_k
     return R.flatten(0, 1) if R.dim() > v.dim() else R
+
+
+def _number(eps: float | Tensor) -> float | Tensor:
+    return eps if isinstance(eps, Tensor) else float(eps)
 
 
 def _check_maps(name: str, r: Tensor, a: Tensor) -> None:

@@ -145,7 +145,7 @@ def plus_affine(
     z = torch.addcmul(shift.clamp(min=0).view(shape), P, k_plus)
     if M is not None:
         z = torch.addcmul(z, M, k_minus)
-    s = stabilised_ratio(R, z, eps)
+    s = stabilised_ratio(R, z, eps, True)
     return s * k_plus, None if M is None else s * k_minus
 
 
@@ -166,7 +166,7 @@ def alpha_beta(
     if bias is not None:
         P, M = P + channel_bias(bias.clamp(min=0), geometry), M + channel_bias((-bias).clamp(min=0), geometry)
     # the negative sum is -M, so beta R / (-M - e) per unit of -contribution is +beta R / (M + e) per unit of M, negated
-    s_plus, s_minus = alpha * stabilised_ratio(R, P, eps), -beta * stabilised_ratio(R, M, eps)
+    s_plus, s_minus = alpha * stabilised_ratio(R, P, eps, True), -beta * stabilised_ratio(R, M, eps, True)
     return plus_transposed(s_plus, s_minus if beta else None, a, W, geometry, in_size, signed)
 
 

@@ -37,6 +37,8 @@ from .phi import (
     dual_phi_backward,
     phi_scale,
     phi_scale_backward,
+    ratio,
+    ratio_backward,
     relative_epsilon,
     stabilise,
 )
@@ -60,6 +62,8 @@ __all__ = [
     "max_pool_scatter",
     "phi_scale",
     "phi_scale_backward",
+    "ratio",
+    "ratio_backward",
     "relative_epsilon",
     "resize_mask",
     "stabilise",

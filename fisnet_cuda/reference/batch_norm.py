@@ -23,7 +23,11 @@ def bn_act(
     ``training`` normalises with the batch's statistics (and updates the running ones in place). ``mean`` and
     ``rstd = 1/sqrt(var + eps)`` (biased variance) are detached.
     """
-    y, mean, rstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    if x.numel():
+        y, mean, rstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    else:  # an empty batch has no statistics, and that kernel's backward divides by its size
+        y = torch.batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, False)
+        mean, rstd = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
     if skip is not None:
         y = y.add_(skip) if y.dtype == skip.dtype and y.shape == skip.shape else y + skip
     if relu:

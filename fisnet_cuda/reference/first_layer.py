@@ -6,14 +6,17 @@ import torch
 from torch import Tensor
 
 from .linear_maps import Geometry, dgrad, fprop, wgrad
-from .phi import per_sample, stabilise, sum_over_maps
+from .phi import per_sample, ratio, ratio_backward, sum_over_maps
 
 
-def _image(bound: Tensor, size: torch.Size) -> Tensor:
+def _bound(bound: Tensor, like: Tensor) -> Tensor:
+    """A bound ``[C] or [1]`` shaped to be subtracted from ``like [N, C, ...]``."""
+    return bound.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _image(bound: Tensor, like: Tensor) -> Tensor:
     """The constant image of a bound, ``[C] or [1] -> [1, C, ...]``: its borders meet the layer's zero padding."""
-    if len(size) == 2:
-        return bound.view(1, -1).expand(1, size[1])
-    return bound.view(1, -1, *[1] * (len(size) - 2)).expand(1, *size[1:])
+    return torch.empty_like(like[:1]).copy_(_bound(bound, like))
 
 
 def _signed(W: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,17 +65,14 @@ def zb(
     ``z' = z - (W+ l + b+ min l) - (W- h + b- max h)``, with ``W``, ``shift`` (= b) after folding BatchNorm, and ``z`` the
     pre-activation ``W x + b``, needed only where ``R_out`` is not 0 (so the output of a ReLU will do).
     """
-    box = _fprop_pair(_image(low, x.shape), _image(high, x.shape), W, geometry)
+    box = _fprop_pair(_image(low, x), _image(high, x), W, geometry)
     if shift is not None:
         bound = shift.clamp(min=0) * low.min() + shift.clamp(max=0) * high.max()
         box = box + bound.view(-1, *[1] * (geometry.spatial))
-    den = stabilise(z - box, eps)
-    R_k, den_k = per_sample(R_out, den)
-    s = R_k / den_k
-    s = s.flatten(0, 1) if s.dim() > den.dim() else s
+    s, den = ratio(R_out, z - box, eps)
     c_plus, c_minus = _dgrad_pair(s, W, geometry, tuple(x.shape[2:]))
     (c_plus_k, x_k), (c_minus_k, _) = per_sample(c_plus, x), per_sample(c_minus, x)
-    R = (x_k - _image(low, x.shape)) * c_plus_k + (x_k - _image(high, x.shape)) * c_minus_k
+    R = torch.addcmul((x_k - _bound(low, x_k)) * c_plus_k, x_k - _bound(high, x_k), c_minus_k)
     return (R.flatten(0, 1) if R.dim() > x.dim() else R), s, den
 
 
@@ -91,21 +91,17 @@ def zb_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """``(R_out_bar, W_bar, shift_bar, x_bar)``, the adjoint of `zb`, with ``z`` differentiated as ``W x + b``."""
     R_bar_k, x_k = per_sample(R_bar, x)
-    low_image, high_image = _image(low, x.shape), _image(high, x.shape)
-    c_plus_bar, c_minus_bar = (x_k - low_image) * R_bar_k, (x_k - high_image) * R_bar_k
+    c_plus_bar, c_minus_bar = (x_k - _bound(low, x_k)) * R_bar_k, (x_k - _bound(high, x_k)) * R_bar_k
     if c_plus_bar.dim() > x.dim():
         c_plus_bar, c_minus_bar = c_plus_bar.flatten(0, 1), c_minus_bar.flatten(0, 1)
     s_bar = _fprop_pair(c_plus_bar, c_minus_bar, W, geometry)
-    s_bar_k, den_k = per_sample(s_bar, den)
-    R_out_bar = s_bar_k / den_k
-    R_out_bar = R_out_bar.flatten(0, 1) if R_out_bar.dim() > den.dim() else R_out_bar
-    z_bar = sum_over_maps(per_sample(s * R_out_bar, den)[0], den).neg()
+    R_out_bar, z_bar = ratio_backward(s_bar, s, den)
 
     W_bar = shift_bar = x_bar = None
     if need_W:
         plus, minus = _wgrad_pair(c_plus_bar, c_minus_bar, s, W, geometry)
         # the constant images are the same for every sample, so their share needs the batch's sum only
-        box_plus, box_minus = _wgrad_pair(low_image, high_image, z_bar.sum(0, keepdim=True), W, geometry)
+        box_plus, box_minus = _wgrad_pair(_image(low, x), _image(high, x), z_bar.sum(0, keepdim=True), W, geometry)
         signed = torch.where(W > 0, plus - box_plus, 0) + torch.where(W < 0, minus - box_minus, 0)
         W_bar = wgrad(x, z_bar, W, geometry) + signed
         if shift is not None:

@@ -96,5 +96,7 @@ def _dgrad_few_channels(s: Tensor, W: Tensor, stride: int, padding: tuple[int, .
     x = F.conv2d(s, phases.contiguous(memory_format=layout), padding=(th - 1, tw - 1))
     x = F.pixel_shuffle(x, stride)
     (top, left), (height, width) = padding, in_size
-    # F.pad with negative numbers crops, with positive ones adds the inputs that no window reaches
-    return F.pad(x, (-left, left + width - x.shape[3], -top, top + height - x.shape[2]))
+    short = left + width - x.shape[3], top + height - x.shape[2]
+    if max(short) > 0:  # inputs that no window reaches
+        x = F.pad(x, (0, max(short[0], 0), 0, max(short[1], 0)))
+    return x[:, :, top : top + height, left : left + width]

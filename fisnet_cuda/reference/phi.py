@@ -35,12 +35,38 @@ def channel_dot(p: Tensor, q: Tensor) -> Tensor:
     return (p * q).sum([0, *range(2, p.dim())])
 
 
-def stabilise(z: Tensor, eps: Epsilon) -> Tensor:
-    """``z + e sign z`` with ``sign 0 = +1``; where that is 0 (``z = e = 0``) the result is 1, so that 0/0 reads 0."""
-    den = torch.where(z < 0, z - eps, z + eps)
+def stabilise(z: Tensor, eps: Epsilon, nonneg: bool = False) -> Tensor:
+    """``z + e sign z`` with ``sign 0 = +1``; where that is 0 (``z = e = 0``) the result is 1, so that 0/0 reads 0.
+
+    ``nonneg`` says that ``z >= 0`` everywhere, which needs no sign.
+    """
+    if nonneg:
+        den = z + eps
+    else:
+        e = eps if isinstance(eps, Tensor) else z.new_full((), eps)
+        den = z + 0.0  # a copy to work in, with +0 for -0
+        den = torch.copysign(e, den, out=den).add_(z)
     if isinstance(eps, float) and eps > 0:
         return den
-    return torch.where(den == 0, torch.ones_like(den), den)
+    return torch.where(den == 0, 1.0, den)
+
+
+def ratio(R: Tensor, z: Tensor, eps: Epsilon, nonneg: bool = False) -> tuple[Tensor, Tensor]:
+    """``s = R / (z + e sign z)`` over K maps; returns ``(s, denominator)``: ``([N*K, ...], [N, ...])``."""
+    den = stabilise(z, eps, nonneg)
+    R_k, den_k = per_sample(R, den)
+    s = R_k / den_k
+    return (s.flatten(0, 1) if s.dim() > den.dim() else s), den
+
+
+def ratio_backward(s_bar: Tensor, s: Tensor, den: Tensor, need_z: bool = True) -> tuple[Tensor, Tensor | None]:
+    """``(R_bar, z_bar)``: ``R_bar = s_bar / den``, ``z_bar = -s R_bar`` summed over K."""
+    s_bar_k, den_k = per_sample(s_bar, den)
+    R_bar = s_bar_k / den_k
+    R_bar = R_bar.flatten(0, 1) if R_bar.dim() > den.dim() else R_bar
+    if not need_z:
+        return R_bar, None
+    return R_bar, sum_over_maps(per_sample(s * R_bar, den)[0], den).neg_()
 
 
 def relative_epsilon(a: Tensor, eps: float) -> Tensor:

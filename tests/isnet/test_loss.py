@@ -376,6 +376,7 @@ def test_has_mask_covers_what_is_not_a_mask_at_all():
     out, labels = output(grad=True)
     masks = disc(4)
     masks[3, 0, 0], masks[3, 1, 1], masks[3, 2, 2] = torch.nan, 255, -1
+    out.heatmaps.data[3] *= 1e32
     total, _ = ISNetLoss(check="always")(out, labels, masks, has_mask=torch.tensor([True, True, True, False]))
     total.backward()
     assert total.isfinite()
@@ -448,7 +449,9 @@ def test_half_precision_outputs(dtype):
         logits=out.logits.float(), heatmaps=out.heatmaps.float(),
         hidden={k: v.float() for k, v in out.hidden.items()},
     )  # fmt: skip
-    assert torch.equal(total, quiet()(wide, labels, disc(4))[0])
+    expected, wide_parts = quiet()(wide, labels, disc(4))
+    assert torch.equal(total, expected)
+    assert torch.equal(parts.background_share, wide_parts.background_share)
 
 
 def test_autocast_changes_nothing():
@@ -480,19 +483,6 @@ def test_fake_tensors(check):
         assert out.heatmaps.grad.shape == out.heatmaps.shape
 
 
-def test_fake_cuda_tensors():
-    with FakeTensorMode(), torch.no_grad():
-        out = SimpleNamespace(
-            logits=torch.empty(4, 5, device="cuda"),
-            heatmaps=torch.empty(4, 2, 3, 16, 16, device="cuda"),
-            hidden={},
-        )
-        with torch.device("cuda"):  # without CUDA not even a fake tensor can be moved there
-            loss = ISNetLoss(c1=[1.0, 2.0], check="never", backend="reference")
-        total, _ = loss(out, torch.empty(4, device="cuda").long(), torch.empty(4, 16, 16, device="cuda"))
-        assert total.device.type == "cuda"
-
-
 @pytest.mark.parametrize("check", ["never", "first"])
 def test_compiles_without_a_graph_break(check):
     torch._dynamo.reset()
@@ -503,10 +493,11 @@ def test_compiles_without_a_graph_break(check):
     for epoch in range(2):
         loss.set_epoch(epoch)
         results = []
-        for run in (loss, compiled):
+        for run in (compiled, loss):
             out, labels = output(hidden=(4,), grad=True)
             total, parts = run(out, labels, masks)
             total.backward()
+            assert loss.checked == (check == "first" and (run is loss or epoch > 0))
             results.append((total.detach(), parts.background_share, parts.heatmap, out.heatmaps.grad))
         for got, expected in zip(*results, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
@@ -626,7 +617,7 @@ def test_check_masks_counts_a_data_set():
     assert report == MaskReport(n=13, without=3, empty=2, full=1, inverted=1)
 
 
-@pytest.mark.parametrize("masks", [disc(5), disc(5).numpy(), [], disc(5, channels=3).bool()])
+@pytest.mark.parametrize("masks", [disc(5), disc(5, channels=3).numpy(), [], disc(5, channels=3).bool()])
 def test_check_masks_is_quiet_when_all_is_well(masks):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -732,10 +723,10 @@ def changed(**changes):
     ("changes", "error", "text"),
     [
         ({"out": torch.ones(4, 5)}, TypeError, r"what net\(x, relevance=True\) returns, got a tensor"),
-        ({"logits": torch.ones(4)}, ValueError, r"logits must be float \[N, C\], got torch.float32 \[4\]"),
+        ({"logits": torch.ones(4)}, ValueError, r"must be float \[N, C\], got torch.float32 \[4\]"),
         ({"logits": torch.ones(4, 5).long()}, ValueError, "out.logits must be float.*torch.int64"),
         ({"heatmaps": None}, ValueError, r"out.heatmaps is None, but masks are given; call net\(x, rel"),
-        ({"heatmaps": torch.ones(4, 1, 3, 8, 8).long()}, TypeError, "heatmaps must be a float tensor, got a t"),
+        ({"heatmaps": torch.ones(4, 1, 3, 8, 8).long()}, TypeError, "heatmaps must be a float tensor"),
         ({"heatmaps": torch.ones(4, 3, 8)}, ValueError, r"heatmaps must be \[N, K, channels, \*spatial\]"),
         ({"heatmaps": torch.ones(3, 1, 3, 8, 8), "hidden": {}}, ValueError, "has 3 samples, out.logits 4"),
         ({"heatmaps": torch.ones(4, 1, 3, 8, 8, device="meta")}, ValueError, "out.heatmaps is on meta"),
@@ -754,9 +745,9 @@ def changed(**changes):
         ({"has_mask": torch.ones(3).bool()}, ValueError, r"has_mask must be \[N\] with N = 4, got \[3\]"),
         ({"has_mask": torch.ones(4, device="meta").bool()}, ValueError, "has_mask is on meta"),
         ({"labels": [0] * 4}, TypeError, "labels must be an integer, float or bool tensor, got list"),
-        ({"labels": torch.zeros(4, 1).long()}, ValueError, r"must be \[4\], got \[4, 1\]; use labels.flatten"),
+        ({"labels": torch.zeros(4, 1).long()}, ValueError, r"must be \[4\], got \[4, 1\]; use labels"),
         ({"labels": torch.zeros(4)}, ValueError, r"multi-label and must be \[4, 5\].*use labels.long\(\)"),
-        ({"labels": torch.zeros(4, device="meta").long()}, ValueError, "labels is on meta, the logits on"),
+        ({"labels": torch.zeros(4, device="meta").long()}, ValueError, "labels is on meta"),
         ({"logits": torch.ones(4, 1)}, ValueError, r"there is one logit; use labels.float\(\)"),
     ],
 )

@@ -39,7 +39,7 @@ def relevance(b, index, node, stream) -> None:
 
 def _plus_add(R, x, y, nonneg, eps):
     x, y = (v if sure else v.clamp(min=0) for v, sure in zip((x, y), nonneg))
-    return ops.stabilised_ratio(R, x + y, eps)
+    return ops.stabilised_ratio(R, x + y, eps, True)
 
 
 def _times_positive(v, r):

@@ -52,7 +52,7 @@ def relevance(b, index, node, stream) -> None:
 
 def _plus_ratio(R, v, pooled, nonneg, spatial, adaptive, settings, eps):
     up = pooled if nonneg else ops.avg_pool(v.clamp(min=0), spatial, adaptive, settings)
-    return ops.stabilised_ratio(R, up, eps)
+    return ops.stabilised_ratio(R, up, eps, True)
 
 
 def _where_positive(v, g):

@@ -94,7 +94,7 @@ def _zplus(b, index, node, stream, rule) -> None:
     else:
         z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_linear_denominator, (P, shift))
     R = z_plus if stream.of_form(index, "all") else stream.take_R(out, node.name)
-    s = b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, eps))
+    s = b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, eps, True))
     factor = None if scale is None else b.emit(node.name, rule, "|scale|", torch.abs, (scale,))
     operands = (s, W, geometry, _in_size(b, node), factor)
     g = b.emit(node.name, rule, f"{node.kind}+^T", ops.transposed, operands, kernel="dgrad", backend=b.backend)
@@ -122,7 +122,7 @@ def _zplus_two_sided(b, index, node, stream, rule, pairs) -> None:
             R = alone.take_R(out, node.name)
         else:
             R = z_plus
-        plus.append(b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, float(rule.eps))))
+        plus.append(b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, float(rule.eps), True)))
     s_minus = stream.sum(minus, node.name) if minus else None
     operands = (stream.sum(plus, node.name), s_minus, Slot(source), W, geometry, _in_size(b, node), signed)
     g = b.emit(node.name, rule, f"{node.kind}+^T", rule_ops.plus_transposed, operands, backend=b.backend)

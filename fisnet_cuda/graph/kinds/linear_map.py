@@ -32,6 +32,6 @@ def relevance(b, index, node, stream) -> None:
 
 def _plus(R, v, nonneg, op, settings, in_shape, eps):
     up = v if nonneg else v.clamp(min=0)
-    s = ops.stabilised_ratio(R, ops.linear_op(up, op, settings), eps)
+    s = ops.stabilised_ratio(R, ops.linear_op(up, op, settings), eps, True)
     g = ops.linear_op_transposed(s, op, settings, in_shape)
     return g if nonneg else ops.times((v >= 0).to(g.dtype), g)

@@ -39,5 +39,5 @@ def relevance(b, index, node, stream) -> None:
 
 
 def _plus_ratio(R, v, nonneg, eps):
-    s = ops.stabilised_ratio(R, v if nonneg else v.clamp(min=0), eps)
+    s = ops.stabilised_ratio(R, v if nonneg else v.clamp(min=0), eps, True)
     return s if nonneg else ops.times((v >= 0).to(s.dtype), s)

@@ -1,0 +1,1 @@
+"""Benchmarks, one file a question; see README.md. Not part of the installed package."""
