@@ -331,9 +331,9 @@ def result_path(name: str, device: str, out: Path, suffix: str) -> Path:
 
 def markdown_table(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A Markdown table as lines, padded so that it reads well as text."""
-    table = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    table = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in table]
+    lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths)) + " |" for line in table]
     return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
 
 

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 if TYPE_CHECKING:
@@ -99,13 +100,11 @@ def bars(
         target_text, bound_text: what the legend calls the lines.
     """
     most = max(len(panel.items) for panel in panels)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(max(8.0, 1.6 + 5.4 * len(panels)), 2.2 + 0.5 * most), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    size = max(8.0, 1.6 + 5.4 * len(panels)), 2.2 + most * (0.5 if most < 20 else 0.25)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for ax, panel in zip(axes[0], panels):
         _panel(ax, panel, xlabel, log)
-    figure.suptitle(f"{title}\n", fontsize=14, fontweight="bold", x=0.01, ha="left")
+    _head(figure, title, subtitle)
     handles = [Line2D([], [], color="black", lw=1.2, marker="|", markersize=6, label="p20 to p80")]
     items = [item for panel in panels for item in panel.items]
     if any(item.target for item in items):
@@ -113,7 +112,6 @@ def bars(
     if any(item.bound for item in items):
         handles.append(Line2D([], [], color="black", lw=1.4, ls=":", label=bound_text))
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=9, frameon=False)
-    figure.text(0.01, 1 - 0.42 / figure.get_figheight(), subtitle, fontsize=9, color="0.35", va="top")
     _save(figure, path)
 
 
@@ -180,18 +178,17 @@ def growth(path: Path, title: str, subtitle: str, panels: Mapping[str, Sequence[
             )  # fmt: skip
         ax.set(xscale="log", yscale="log", xlabel="number of classes", ylabel=ylabel)
         ax.set_xticks(counts, [f"{c:,}" for c in counts])
-        low, high = (f(v) for f, v in ((min, [v.p20 for line in lines for v in line.values]),
-                                       (max, [v.p80 for line in lines for v in line.values])))  # fmt: skip
-        ticks = [m * 10.0**e for e in range(-3, 8) for m in (1, 2, 5) if low / 1.5 <= m * 10.0**e <= high * 1.5]
+        low = min(v.p20 for line in lines for v in line.values) / 1.5
+        high = max(v.p80 for line in lines for v in line.values) * 1.5
+        ticks = [m * 10.0**e for e in range(-3, 8) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
         ax.set_yticks(ticks, [f"{t:,g}" for t in ticks])
-        ax.set_ylim(low / 1.5, high * 1.5)
+        ax.set_ylim(low, high)
         ax.minorticks_off()
         ax.grid(color="0.9")
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_title(name, fontsize=11, loc="left", fontweight="bold")
         ax.legend(frameon=False, fontsize=9)
-    figure.suptitle(f"{title}\n", fontsize=14, fontweight="bold", x=0.01, ha="left")
-    figure.text(0.01, 1 - 0.42 / figure.get_figheight(), subtitle, fontsize=9, color="0.35", va="top")
+    _head(figure, title, subtitle)
     _save(figure, path)
 
 
@@ -208,6 +205,12 @@ def model_title(row: Mapping[str, Any]) -> str:
     return f"{name}, {row['batch']} images of 3x{row['size']}x{row['size']}"
 
 
-def _save(figure: Any, path: Path) -> None:
+def _head(figure: Figure, title: str, subtitle: str) -> None:
+    # the line breaks keep room for the subtitle, which is smaller than the title
+    figure.suptitle(f"{title}\n\n", fontsize=14, fontweight="bold", x=0.01, ha="left")
+    figure.text(0.01, 1 - 0.42 / figure.get_figheight(), subtitle, fontsize=9, color="0.35", va="top")
+
+
+def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=120)
     plt.close(figure)

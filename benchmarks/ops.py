@@ -29,10 +29,9 @@ COLOURS = {"forward": figures.BLUE, "backward": figures.GREEN, "aten": figures.G
 COLUMNS = {
     "op": cell("op"),
     "direction": cell("direction"),
-    "case": lambda row: row.get("case") or row.get("d") or "",
-    "mode": lambda row: row.get("mode", ""),
+    "case": cell("case"),
     "implementation": cell("implementation"),
-    "layout": lambda row: row.get("layout", ""),
+    "layout": cell("layout"),
     "ms": cell("ms", 3),
     "rounds": cell("rounds"),
     "aten's median over this": cell("aten_over_this"),
@@ -58,24 +57,24 @@ def run(options: argparse.Namespace) -> Report:
     for found in content["benchmarks"]:
         report.add(**_row(found))
     for row in report.rows:
-        own = {key: row.get(key) for key in ("op", "direction", "case", "layout")}
+        same = {key: row[key] for key in ("op", "direction", "case", "layout")} | {"implementation": "aten"}
         for other in report.rows:
-            if other.get("implementation") == "aten" and own == {key: other.get(key) for key in own}:
+            if same.items() <= other.items():
                 row["aten_over_this"] = other["ms"]["p50"] / row["ms"]["p50"]
     return report
 
 
 def _row(found: dict[str, Any]) -> dict[str, Any]:
     """A row of results from one of pytest-benchmark's."""
-    params = dict(found["params"])
-    params.setdefault("implementation", "fisnet")
-    ms = Spread.of([1e3 * seconds for seconds in found["stats"]["data"]])
-    op = found["name"].partition("[")[0].removeprefix("test_")
+    params = found["params"]
+    parts = [params.get("mode"), params.get("case"), f"d={params['d']}" if "d" in params else None]
     return {
-        "op": op,
-        "id": found["param"],
-        **params,
-        "ms": ms,
+        "op": found["name"].partition("[")[0].removeprefix("test_"),
+        "direction": params["direction"],
+        "case": " ".join(part for part in parts if part) or None,
+        "implementation": params.get("implementation", "fisnet"),
+        "layout": params.get("layout"),
+        "ms": Spread.of([1e3 * seconds for seconds in found["stats"]["data"]]),
         "rounds": found["stats"]["rounds"],
         "threads": found["extra_info"]["threads"],
     }
@@ -84,17 +83,16 @@ def _row(found: dict[str, Any]) -> dict[str, Any]:
 def draw(report: Report, path: Path) -> None:
     """One panel a layout, one bar a test."""
     panels = []
-    for layout in dict.fromkeys(row["layout"] for row in report.rows if "layout" in row):
+    for layout in dict.fromkeys(row["layout"] for row in report.rows if row["layout"]):
         items = []
         for row in report.rows:
-            if row.get("layout", layout) != layout:
+            if row["layout"] not in (None, layout):
                 continue
             aten = row["implementation"] == "aten"
-            case = " ".join(str(row[key]) for key in ("case", "mode") if key in row)
-            case += f" d={row['d']}" if "d" in row else ""
-            label = " ".join(part for part in (row["op"], case, row["direction"], "aten" if aten else "") if part)
+            words = (row["op"], row["case"], row["direction"], "aten" if aten else None)
             colour = COLOURS["aten" if aten else row["direction"]]
-            items.append(figures.Item(label, Spread(**row["ms"]), colour, text=f"{row['ms']['p50']:.2g} ms"))
+            ms = Spread(**row["ms"])
+            items.append(figures.Item(" ".join(filter(None, words)), ms, colour, text=f"{ms.p50:.2g} ms"))
         panels.append(figures.Panel(layout, items))
     figures.bars(
         path, "What single ops cost", figures.machine(report.environment), panels,

@@ -132,6 +132,19 @@ def _phi_bn(p: _Program, position: int) -> None:
         p.replace(position, fused, phi_at)
 
 
+def _phi_bn_rest(p: _Program, position: int) -> None:
+    """A dense block backwards: what the other consumers of the BatchNorm's input gave is added in the same pass."""
+    add = p.instrs[position]
+    if add.op != "add" or not all(isinstance(o, Slot) for o in add.operands):
+        return
+    for which in (0, 1):
+        phi_at = p.made_by(add.operands[which], "phi_scale_bn")
+        if phi_at is not None and p.only_reader(add.operands[which].index, position):
+            phi = p.instrs[phi_at]
+            p.replace(position, replace(phi, operands=(*phi.operands, add.operands[1 - which]), outs=add.outs), phi_at)
+            return
+
+
 def _dual_phi(p: _Program, position: int) -> None:
     """Both rules of Dual at one ReLU: ``phi_scale`` of one map and ``a g+ / (z+ + e)`` of the other."""
     ratio = p.instrs[position]
@@ -156,7 +169,7 @@ def _dual_phi(p: _Program, position: int) -> None:
         return
 
 
-PATTERNS: tuple[Callable[[_Program, int], None], ...] = (_bn_add_relu, _bn_relu, _linear_relu, _phi_bn, _dual_phi)
+PATTERNS: tuple[Callable[[_Program, int], None], ...] = (_bn_add_relu, _bn_relu, _linear_relu, _phi_bn, _phi_bn_rest, _dual_phi)
 
 
 def _fprop_relu(x: Tensor, W: Tensor, bias: Tensor | None, geometry: ops.Geometry) -> Tensor:

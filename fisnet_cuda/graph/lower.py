@@ -241,40 +241,34 @@ class Stream:
 
     # ---- the two sums of z+ ------------------------------------------------------------------------------------------
 
-    def sums(self, value: int) -> tuple[Slot, Slot | None, Any]:
-        """``(P, M, bias)`` of a value for z+ through a BatchNorm after it: linear maps and their concatenations have
-        both sums; anything else counts as one positive contribution (M None), or by sign where it may be negative."""
+    def sums(self, value: int) -> tuple[Slot, bool, Any]:
+        """``(P, two_sided, bias)`` of a value for z+ through a BatchNorm after it: the sum of its positive contributions,
+        whether there are negative ones too (``M = P - value + bias``), and the bias. Linear maps, sums, average pools and
+        concatenations have both; anything else counts as one contribution."""
         return self.b.once(("sums", value), lambda: self._sums(value))
 
-    def _sums(self, value: int) -> tuple[Slot, Slot | None, Any]:
+    def _sums(self, value: int) -> tuple[Slot, bool, Any]:
         node, b = self.b.graph.nodes[value], self.b
         if node.kind in LINEAR:
             source = node.inputs[0]
             operands = (Slot(source), node.attrs["weight"], node.attrs["geometry"], not b.nonneg[source])
-            P, M = b.emit(node.name, ZPlus(), "plus_products", rule_ops.plus_products, operands, outs=2)
-            return P, M, node.attrs["bias"]
+            return b.emit(node.name, ZPlus(), f"{node.kind}+", rule_ops.plus_product, operands), True, node.attrs["bias"]
         if node.kind == "concat":
             parts = [self.sums(source) for source in node.inputs]
-            dim = node.attrs["dim"]
-            P = b.emit(node.name, None, "concat", torch.cat, (tuple(p for p, _, _ in parts), dim))
-            M = bias = None
-            if any(m is not None for _, m, _ in parts):
-                pairs = tuple((p, m) for p, m, _ in parts)
-                M = b.emit(node.name, None, "concat", _cat_or_zeros, (pairs, dim))
+            P = b.emit(node.name, None, "concat", torch.cat, (tuple(p for p, _, _ in parts), node.attrs["dim"]))
+            bias = None
             if any(c is not None for _, _, c in parts):
                 vectors = tuple((p, c) for p, _, c in parts)
-                bias = b.emit(node.name, None, "concat", _cat_biases, (vectors, dim))
-            return P, M, bias
-        if node.kind == "pool_avg" and not b.nonneg[node.inputs[0]]:
-            up, down = (
-                b.emit(node.name, ZPlus(), "avg_pool", _pool_of_part, (Slot(node.inputs[0]), sign, *_pool(node)))
-                for sign in (1, -1)
-            )
-            return up, down, None
+                bias = b.emit(node.name, None, "concat", _cat_biases, (vectors, node.attrs["dim"]))
+            return P, any(two for _, two, _ in parts), bias
         if b.nonneg[value]:
-            return Slot(value), None, None
-        up, down = (b.emit(node.name, ZPlus(), "part", _part, (Slot(value), sign)) for sign in (1, -1))
-        return up, down, None
+            return Slot(value), False, None
+        if node.kind == "pool_avg":
+            return b.emit(node.name, ZPlus(), "avg_pool+", _pool_of_part, (Slot(node.inputs[0]), *_pool(node))), True, None
+        if node.kind == "add":
+            operands = tuple(Slot(source) for source in node.inputs)
+            return b.emit(node.name, ZPlus(), "add+", _sum_of_parts, operands), True, None
+        return b.emit(node.name, ZPlus(), "part", _part, (Slot(value),)), True, None
 
 
 def lower(
@@ -357,7 +351,7 @@ def _start_from_all(b: Builder, stream: Stream) -> None:
         stream.give(index, "all", None)
     else:  # the logits are not a linear map's output (a global pool, say): their positive part
         logits = Slot(b.graph.output)
-        R = b.emit("logits", ZPlus(), "part", _part, (logits, 1))
+        R = b.emit("logits", ZPlus(), "part", _part, (logits,))
         stream.give(b.graph.output, "R", R)
 
 
@@ -398,20 +392,20 @@ def _pool(node: Node) -> tuple:
     return node.attrs["spatial"], node.attrs["adaptive"], node.attrs["settings"]
 
 
-def _part(v: Tensor, sign: int) -> Tensor:
-    return (v if sign > 0 else -v).clamp(min=0)
+def _part(v: Tensor) -> Tensor:
+    return v.clamp(min=0)
 
 
-def _pool_of_part(v: Tensor, sign: int, spatial: int, adaptive: bool, settings: tuple) -> Tensor:
-    return ops.avg_pool(_part(v, sign), spatial, adaptive, settings)
+def _sum_of_parts(*summands: Tensor) -> Tensor:
+    return sum(_part(v) for v in summands[1:]) + _part(summands[0])
 
 
-def _cat_or_zeros(pairs: tuple, dim: int) -> Tensor:
-    return torch.cat([torch.zeros_like(p) if m is None else m for p, m in pairs], dim)
+def _pool_of_part(v: Tensor, spatial: int, adaptive: bool, settings: tuple) -> Tensor:
+    return ops.avg_pool(_part(v), spatial, adaptive, settings)
 
 
 def _cat_biases(vectors: tuple, dim: int) -> Tensor:
-    return torch.cat([p.new_zeros(p.shape[dim]) if c is None else c.detach() for p, c in vectors])
+    return torch.cat([p.new_zeros(p.shape[dim]) if c is None else c for p, c in vectors])
 
 
 def _spatial_size(x: Tensor) -> tuple[int, ...]:

@@ -120,6 +120,7 @@ class Program:
         forward, relevance = fuse(lowered.forward, lowered.relevance, frozenset(outputs))
         self.lowered = replace(lowered, forward=forward, relevance=relevance)
         self._frees = _last_uses(forward, relevance, outputs)
+        self._owners = _param_owners((*forward, *relevance))
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
@@ -133,7 +134,7 @@ class Program:
         """
         env: list[Any] = [None] * self.lowered.slots
         env[0] = x
-        _execute(self.lowered.forward, self._frees[0], env, model, training)
+        _execute(self.lowered.forward, self._frees[0], env, self._lookup(model, training))
         return env
 
     def run_relevance(
@@ -151,8 +152,19 @@ class Program:
         for name, slot in self.lowered.starts.items():
             if slot is not None:
                 env[slot] = starts[name]
-        _execute(self.lowered.relevance, self._frees[1], env, model, training)
+        _execute(self.lowered.relevance, self._frees[1], env, self._lookup(model, training))
         return env
+
+    def _lookup(self, model: nn.Module, training: bool | None) -> dict[Param | Mode, Any]:
+        """The model's parameters, buffers and modes as they are now, found once a run."""
+        found: dict[Param | Mode, Any] = {}
+        for path, wanted in self._owners:
+            module: Any = model
+            for part in path:
+                module = getattr(module, part)
+            for key, name in wanted:
+                found[key] = training if name == "training" and training is not None else getattr(module, name)
+        return found
 
     # ---- looking -----------------------------------------------------------------------------------------------------
 
@@ -180,11 +192,11 @@ class Program:
 
 
 def _execute(
-    instrs: tuple[Instr, ...], frees: tuple[tuple[int, ...], ...], env: list[Any], model: nn.Module, training: bool | None
+    instrs: tuple[Instr, ...], frees: tuple[tuple[int, ...], ...], env: list[Any], lookup: Mapping[Param | Mode, Any]
 ) -> None:
     for instr, dead in zip(instrs, frees):
-        operands = [_read(operand, env, model, training) for operand in instr.operands]
-        result = instr.fn(*operands, **dict(instr.options))
+        operands = [_read(operand, env, lookup) for operand in instr.operands]
+        result = instr.fn(*operands, **dict(instr.options)) if instr.options else instr.fn(*operands)
         if len(instr.outs) == 1:
             env[instr.outs[0]] = result[0] if type(result) is tuple and len(result) == 1 else result
         else:
@@ -194,20 +206,34 @@ def _execute(
             env[slot] = None
 
 
-def _read(operand: Any, env: list[Any], model: nn.Module, training: bool | None) -> Any:
+def _read(operand: Any, env: list[Any], lookup: Mapping[Param | Mode, Any]) -> Any:
     kind = type(operand)
     if kind is Slot:
         return env[operand.index]
-    if kind is Param:
-        value: Any = model
-        for part in operand.path.split("."):
-            value = getattr(value, part)
-        return value
-    if kind is Mode:
-        return training if training is not None else (model.get_submodule(operand.module) if operand.module else model).training
+    if kind is Param or kind is Mode:
+        return lookup[operand]
     if kind is tuple:
-        return tuple([_read(part, env, model, training) for part in operand])
+        return tuple([_read(part, env, lookup) for part in operand])
     return operand
+
+
+def _param_owners(instrs: Iterable[Instr]) -> tuple:
+    """``((module path, ((operand, attribute), ...)), ...)`` of every parameter and mode that instructions read."""
+    owners: dict[tuple[str, ...], dict[Param | Mode, str]] = {}
+
+    def visit(operand: Any) -> None:
+        if isinstance(operand, Param):
+            *path, name = operand.path.split(".")
+            owners.setdefault(tuple(path), {})[operand] = name
+        elif isinstance(operand, Mode):
+            owners.setdefault(tuple(p for p in operand.module.split(".") if p), {})[operand] = "training"
+        elif isinstance(operand, tuple):
+            for part in operand:
+                visit(part)
+
+    for instr in instrs:
+        visit(instr.operands)
+    return tuple((path, tuple(wanted.items())) for path, wanted in owners.items())
 
 
 def _last_uses(forward: tuple[Instr, ...], relevance: tuple[Instr, ...], outputs: set[int]) -> tuple[tuple, tuple]:

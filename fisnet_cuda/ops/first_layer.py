@@ -13,23 +13,16 @@ from .linear_maps import _compute_dtype
 
 class _ZB(torch.autograd.Function):
     @staticmethod
-    def forward(R_out, x, z, W, shift, low, high, eps, geometry, backend):
-        return kernel("zb", backend, R_out)(R_out, x, z, W, shift, low, high, eps, Geometry(*geometry))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, x, _, W, shift, low, high, _, ctx.geometry, ctx.backend = inputs
-        _, s, den = output
+    def forward(ctx, R_out, x, z, W, shift, low, high, eps, geometry, backend):
+        R, s, den = kernel("zb", backend, R_out)(R_out, x, z, W, shift, low, high, eps, Geometry(*geometry))
         ctx.save_for_backward(s, den, x, W, shift, low, high)
-        ctx.mark_non_differentiable(s, den)
-        ctx.set_materialize_grads(False)
+        ctx.geometry, ctx.backend = geometry, backend
+        return R
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, R_bar, _s, _den):
+    def backward(ctx, R_bar):
         s, den, x, W, shift, low, high = ctx.saved_tensors
-        if R_bar is None:
-            return (None,) * 10
         need = ctx.needs_input_grad
         R_out_bar, W_bar, shift_bar, x_bar = kernel("zb_backward", ctx.backend, s)(
             R_bar, s, den, x, W, shift, low, high, Geometry(*ctx.geometry), need[3] or need[4], need[1]
@@ -92,4 +85,4 @@ def zb(
     cast = [t if t is None else t.detach().to(dtype) for t in (z, low, high)]
     R_out, x, W = R_out.to(dtype), x.to(dtype), W.to(dtype)
     shift = shift if shift is None else shift.to(dtype)
-    return _ZB.apply(R_out, x, cast[0], W, shift, cast[1], cast[2], float(eps), tuple(geometry), backend)[0]
+    return _ZB.apply(R_out, x, cast[0], W, shift, cast[1], cast[2], float(eps), tuple(geometry), backend)

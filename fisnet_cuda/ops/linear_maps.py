@@ -15,14 +15,10 @@ __all__ = ["Geometry", "channel_scale", "conv_geometry", "fprop", "linear_geomet
 
 class _Transposed(torch.autograd.Function):
     @staticmethod
-    def forward(s, W, scale, geometry, in_size, backend):
-        scaled = s if scale is None else s * _channels(scale, s, geometry)
-        return kernel("dgrad", backend, s)(scaled, W, Geometry(*geometry), in_size)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        s, W, scale, ctx.geometry, _, ctx.backend = inputs
+    def forward(ctx, s, W, scale, geometry, in_size, backend):
         ctx.save_for_backward(s, W, scale)
+        ctx.geometry, ctx.backend = geometry, backend
+        return _transposed(s, W, scale, Geometry(*geometry), in_size, backend)
 
     @staticmethod
     @once_differentiable
@@ -30,22 +26,50 @@ class _Transposed(torch.autograd.Function):
         s, W, scale = ctx.saved_tensors
         need_s, need_W, need_scale = ctx.needs_input_grad[:3]
         geometry = Geometry(*ctx.geometry)
+        fprop, wgrad = kernel("fprop", ctx.backend, g_bar), kernel("wgrad", ctx.backend, g_bar)
         s_bar = W_bar = scale_bar = None
-        factor = None if scale is None else _channels(scale, s, geometry)
-        if need_s or need_scale:
-            s_bar = kernel("fprop", ctx.backend, g_bar)(g_bar, W, None, geometry)
-        if need_scale:
-            product = s_bar * s
-            over = [0, *range(2, s.dim())] if geometry.spatial else list(range(s.dim() - 1))
-            scale_bar = product.sum(over)
-        if need_s and factor is not None:
-            s_bar = s_bar * factor
-        if need_W:
-            W_bar = kernel("wgrad", ctx.backend, g_bar)(g_bar, s if factor is None else s * factor, W, geometry)
+        if scale is None:
+            s_bar = fprop(g_bar, W, None, geometry) if need_s else None
+            W_bar = wgrad(g_bar, s, W, geometry) if need_W else None
+        elif _folds_into_weight(s, W):
+            factor = _rows(scale, W)
+            s_bar = fprop(g_bar, W * factor, None, geometry) if need_s else None
+            if need_W or need_scale:
+                folded_bar = wgrad(g_bar, s, W, geometry)
+                scale_bar = (folded_bar * W).flatten(1).sum(1) if need_scale else None
+                W_bar = folded_bar.mul_(factor) if need_W else None
+        else:
+            factor = _channels(scale, s, geometry)
+            if need_s or need_scale:
+                s_bar = fprop(g_bar, W, None, geometry)
+            if need_scale:
+                over = [0, *range(2, s.dim())] if geometry.spatial else list(range(s.dim() - 1))
+                scale_bar = (s_bar * s).sum(over)
+            s_bar = s_bar * factor if need_s else None
+            W_bar = wgrad(g_bar, s * factor, W, geometry) if need_W else None
         return s_bar, W_bar, scale_bar, None, None, None
 
 
+def _transposed(s: Tensor, W: Tensor, scale: Tensor | None, geometry: Geometry, in_size: tuple, backend: str) -> Tensor:
+    if scale is not None:
+        if _folds_into_weight(s, W):
+            W = W * _rows(scale, W)
+        else:
+            s = s * _channels(scale, s, geometry)
+    return kernel("dgrad", backend, s)(s, W, geometry, in_size)
+
+
+def _folds_into_weight(s: Tensor, W: Tensor) -> bool:
+    """BatchNorm's scale goes where there is less to multiply: early layers have small weights, late ones small maps."""
+    return W.numel() < s.numel()
+
+
+def _rows(scale: Tensor, W: Tensor) -> Tensor:
+    return scale.to(W.dtype).view(-1, *[1] * (W.dim() - 1))
+
+
 def _channels(scale: Tensor, s: Tensor, geometry: Geometry) -> Tensor:
+    scale = scale.to(s.dtype)
     return reference.phi.channel_view(scale, s) if geometry[0] else scale
 
 
@@ -87,7 +111,10 @@ def transposed(
     if channels != W.shape[0]:
         raise ValueError(f"s has {channels} channels and W has {W.shape[0]} outputs: they must be equal")
     dtype = _compute_dtype(s)
-    return _Transposed.apply(s.to(dtype), W.to(dtype), scale, tuple(geometry), tuple(in_size), backend)
+    s, W = s.to(dtype), W.to(dtype)
+    if not torch.is_grad_enabled():
+        return _transposed(s, W, scale, geometry, tuple(in_size), backend)
+    return _Transposed.apply(s, W, scale, tuple(geometry), tuple(in_size), backend)
 
 
 def _compute_dtype(s: Tensor) -> torch.dtype:
@@ -125,12 +152,10 @@ def channel_scale(g: Tensor, scale: Tensor) -> Tensor:
 
 class _PositivePart(torch.autograd.Function):
     @staticmethod
-    def forward(W, sign):
-        return W.clamp(min=0) if sign is None else _signed(W, sign).clamp_(min=0)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(output, inputs[1])
+    def forward(ctx, W, sign):
+        W_plus = W.clamp(min=0) if sign is None else _signed(W, sign).clamp_(min=0)
+        ctx.save_for_backward(W_plus, sign)
+        return W_plus
 
     @staticmethod
     @once_differentiable

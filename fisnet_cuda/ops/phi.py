@@ -10,56 +10,28 @@ from .. import reference
 from .._backend import kernel
 
 
+# The Functions here take ctx in forward: with setup_context, torch binds the arguments by signature at every call, 14 us
+# that small networks (and CUDA launches) would wait for.
+
+
 class _PhiScale(torch.autograd.Function):
     @staticmethod
-    def forward(g, a, eps, skip, scale, backend):
-        return kernel("phi_scale", backend, g)(g, a, eps, skip, scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, a, eps, skip, scale, backend = inputs
+    def forward(ctx, g, a, eps, skip, scale, rest, backend):
+        out, s = kernel("phi_scale", backend, g)(g, a, eps, skip, scale, rest)
         relative = isinstance(eps, Tensor)
-        ctx.save_for_backward(output[1], a, scale, eps if relative else None)
+        ctx.save_for_backward(s, a, scale, eps if relative else None)
         ctx.eps = None if relative else eps
-        ctx.has_skip, ctx.backend = skip is not None, backend
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, s_bar, _):
-        s, a, scale, eps = ctx.saved_tensors
-        if s_bar is None:
-            return None, None, None, None, None, None
-        g_bar, a_bar, scale_bar = kernel("phi_scale_backward", ctx.backend, s)(
-            s_bar, s, a, ctx.eps if eps is None else eps, scale, ctx.needs_input_grad[1], ctx.needs_input_grad[4]
-        )
-        return g_bar, a_bar, None, g_bar if ctx.has_skip else None, scale_bar, None
-
-
-class _PhiScalePlain(torch.autograd.Function):
-    """Without ``scale`` the op has one output, which is what its backward saves."""
-
-    @staticmethod
-    def forward(g, a, eps, skip, backend):
-        return kernel("phi_scale", backend, g)(g, a, eps, skip, None)[0]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, a, eps, skip, backend = inputs
-        relative = isinstance(eps, Tensor)
-        ctx.save_for_backward(output, a, eps if relative else None)
-        ctx.eps = None if relative else eps
-        ctx.has_skip, ctx.backend = skip is not None, backend
+        ctx.has_skip, ctx.has_rest, ctx.backend = skip is not None, rest is not None, backend
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, s_bar):
-        s, a, eps = ctx.saved_tensors
-        g_bar, a_bar, _ = kernel("phi_scale_backward", ctx.backend, s)(
-            s_bar, s, a, ctx.eps if eps is None else eps, None, ctx.needs_input_grad[1], False
+        s, a, scale, eps = ctx.saved_tensors
+        g_bar, a_bar, scale_bar = kernel("phi_scale_backward", ctx.backend, s)(
+            s_bar, s, a, ctx.eps if eps is None else eps, scale, ctx.needs_input_grad[1], ctx.needs_input_grad[4]
         )
-        return g_bar, a_bar, None, g_bar if ctx.has_skip else None, None
+        return g_bar, a_bar, None, g_bar if ctx.has_skip else None, scale_bar, s_bar if ctx.has_rest else None, None
 
 
 def phi_scale(
@@ -68,10 +40,13 @@ def phi_scale(
     eps: float | Tensor,
     skip: Tensor | None = None,  # [N*K, C, ...]
     scale: Tensor | None = None,  # [C]
+    rest: Tensor | None = None,  # [N*K, C, ...]
     *,
     backend: str = "auto",
 ) -> Tensor:  # [N*K, C, ...]
-    """LRP-epsilon through a ReLU in gradient form: ``s = scale . phi(a) . (g + skip)``, ``phi(a) = a / (a + e)``.
+    """LRP-epsilon through a ReLU in gradient form: ``s = phi(a) . (g + skip)``, ``phi(a) = a / (a + e)``.
+
+    With ``scale`` and ``rest`` also through the BatchNorm before it: ``scale . s + rest``.
 
     Epsilon rule of Bach et al. 2015 in the form of semantics.md section 1 (Faster ISNet, arXiv 2401.08409): with
     ``R = a . g`` this is ``R / (z + e)`` wherever the unit is alive, and 0 where it is dead. Deterministic; any floating
@@ -83,6 +58,8 @@ def phi_scale(
         eps: epsilon >= 0, absolute, in units of ``a``; or ``[N, 1, ...]`` from `relative_epsilon`, constant.
         skip: a second consumer's share of ``g``, same shape. Gets a gradient.
         scale: a per-channel factor ``[C]`` (a BatchNorm before the ReLU). Gets a gradient.
+        rest: what other consumers give the BatchNorm's input (in a dense block), shaped as ``g``; needs ``scale``. Gets a
+            gradient.
         backend: "auto", "reference" or "cuda".
 
     Returns:
@@ -98,22 +75,21 @@ def phi_scale(
     """
     _check_maps("g", g, a)
     eps = _number(eps)
-    if scale is None:
-        return _PhiScalePlain.apply(g, a, eps, skip, backend)
-    return _PhiScale.apply(g, a, eps, skip, scale, backend)[0]
+    if scale is None and rest is not None:
+        raise ValueError("rest is added behind scale: pass scale too, or add it yourself")
+    if not torch.is_grad_enabled():
+        return kernel("phi_scale", backend, g)(g, a, eps, skip, scale, rest)[0]
+    return _PhiScale.apply(g, a, eps, skip, scale, rest, backend)
 
 
 class _DualPhi(torch.autograd.Function):
     @staticmethod
-    def forward(g, g_plus, a, z_plus, eps, eps_plus, backend):
-        return kernel("dual_phi", backend, g)(g, g_plus, a, z_plus, eps, eps_plus)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, _, a, z_plus, eps, ctx.eps_plus, ctx.backend = inputs
+    def forward(ctx, g, g_plus, a, z_plus, eps, eps_plus, backend):
+        s, s_plus = kernel("dual_phi", backend, g)(g, g_plus, a, z_plus, eps, eps_plus)
         relative = isinstance(eps, Tensor)
-        ctx.save_for_backward(a, *output, z_plus, eps if relative else None)
-        ctx.eps = None if relative else eps
+        ctx.save_for_backward(a, s, s_plus, z_plus, eps if relative else None)
+        ctx.eps, ctx.eps_plus, ctx.backend = None if relative else eps, eps_plus, backend
+        return s, s_plus
 
     @staticmethod
     @once_differentiable
@@ -185,22 +161,15 @@ def relative_epsilon(a: Tensor, eps: float) -> Tensor:  # [N, C, ...] -> [N, 1, 
 
 class _Ratio(torch.autograd.Function):
     @staticmethod
-    def forward(R, z, eps, nonneg, backend):
-        return kernel("ratio", backend, R)(R, z, eps, nonneg)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        s, den = output
+    def forward(ctx, R, z, eps, nonneg, backend):
+        s, den = kernel("ratio", backend, R)(R, z, eps, nonneg)
         ctx.save_for_backward(s, den)
-        ctx.backend = inputs[4]
-        ctx.mark_non_differentiable(den)
-        ctx.set_materialize_grads(False)
+        ctx.backend = backend
+        return s
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, s_bar, _):
-        if s_bar is None:
-            return None, None, None, None, None
+    def backward(ctx, s_bar):
         s, den = ctx.saved_tensors
         R_bar, z_bar = kernel("ratio_backward", ctx.backend, s)(s_bar, s, den, ctx.needs_input_grad[1])
         return R_bar, z_bar, None, None, None
@@ -237,7 +206,10 @@ def stabilised_ratio(
         tensor([[ 0.5000, -0.5000]])
     """
     _check_maps("R", R, z)
-    return _Ratio.apply(R, z, eps, nonneg, backend)[0]
+    eps = _number(eps)
+    if not torch.is_grad_enabled():
+        return kernel("ratio", backend, R)(R, z, eps, nonneg)[0]
+    return _Ratio.apply(R, z, eps, nonneg, backend)
 
 
 def times(v: Tensor, g: Tensor) -> Tensor:

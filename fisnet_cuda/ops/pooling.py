@@ -33,13 +33,10 @@ def max_pool(x: Tensor, spatial: int, adaptive: bool, settings: tuple, *, backen
 
 class _MaxPoolTransposed(torch.autograd.Function):
     @staticmethod
-    def forward(g, winners, in_size, backend):
-        return kernel("max_pool_scatter", backend, g)(g, winners, in_size)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, winners, _, ctx.backend = inputs
+    def forward(ctx, g, winners, in_size, backend):
         ctx.save_for_backward(winners)
+        ctx.backend = backend
+        return kernel("max_pool_scatter", backend, g)(g, winners, in_size)
 
     @staticmethod
     @once_differentiable

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from .._backend import kernel
 from ..reference import Geometry
 from .linear_maps import fprop, positive_part, transposed
 from .phi import stabilised_ratio
@@ -48,6 +50,21 @@ def plus_products(a: Tensor, W: Tensor, geometry: Geometry, signed: bool) -> tup
     up, down = a.clamp(min=0), (-a).clamp(min=0)
     P = fprop(up, W_plus, None, geometry) + fprop(down, W_minus, None, geometry)
     return P, fprop(up, W_minus, None, geometry) + fprop(down, W_plus, None, geometry)
+
+
+def plus_product(a: Tensor, W: Tensor, geometry: Geometry, signed: bool) -> Tensor:
+    """``P`` of `plus_products` alone.
+
+    Example:
+        >>> import torch
+        >>> from fisnet_cuda.ops import linear_geometry
+        >>> plus_product(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]]), linear_geometry(), signed=False)
+        tensor([[3.]])
+    """
+    if not signed:
+        return fprop(a, positive_part(W), None, geometry)
+    P = fprop(a.clamp(min=0), positive_part(W), None, geometry)
+    return P + fprop((-a).clamp(min=0), negative_part(W), None, geometry)
 
 
 def by_sign(a: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -114,21 +131,54 @@ def plus_linear_denominator(P: Tensor, bias: Tensor | None) -> Tensor:
     return P if bias is None else P + bias.detach().clamp(min=0)
 
 
-def plus_affine(
-    R: Tensor, P: Tensor, M: Tensor | None, bias: Tensor | None, weight: Tensor | None, beta: Tensor | None,
-    mean: Tensor, rstd: Tensor, eps: float,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """z+ through a BatchNorm that reads several maps (a concatenation): relevance per unit of their ``P`` and ``M``.
+class _PlusAffine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, R, P, u, k, c, eps, backend):
+        plus, minus, s, den = kernel("plus_affine", backend, R)(R, P, u, k, c, eps)
+        ctx.save_for_backward(s, den, P, u, k)
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        return plus, minus
 
-    With ``k = gamma rstd`` and ``b~ = (b - mean) k + beta``: ``z+ = k+ P + |k-| M + max(b~, 0)``, ``s = R / (z+ + e)``;
-    returns ``(k+ s, |k-| s)`` (semantics.md section 4: BatchNorm folds into each map before it, per consumer).
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, plus_bar, minus_bar):
+        s, den, P, u, k = ctx.saved_tensors
+        if plus_bar is None:
+            plus_bar = torch.zeros_like(s)
+        return *kernel("plus_affine_backward", ctx.backend, s)(plus_bar, minus_bar, s, den, P, u, k), None, None
+
+
+def plus_affine(
+    R: Tensor,  # [N*K, C, ...]
+    P: Tensor,  # [N, C, ...]
+    u: Tensor | None,  # [N, C, ...]
+    bias: Tensor | None,  # [C]
+    weight: Tensor | None,  # [C]
+    beta: Tensor | None,  # [C]
+    mean: Tensor,  # [C]
+    rstd: Tensor,  # [C]
+    eps: float,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:  # ([N*K, C, ...], [N*K, C, ...])
+    """z+ through a BatchNorm that reads several maps (a concatenation): relevance per unit of their two sums.
+
+    With ``P`` and ``M`` the sums of a map's positive and negative contributions (``u = P - M + b``), ``k = gamma rstd`` and
+    ``b~ = (b - mean) k + beta``: ``z+ = k+ P + |k-| M + max(b~, 0)``, ``s = R / (z+ + e)``; returns ``(k+ s, |k-| s)``
+    (semantics.md section 4: BatchNorm folds into each map before it, per consumer; Faster ISNet, arXiv 2401.08409).
 
     Args:
-        R: relevance of the BatchNorm's output ``[N*K, C, ...]``.
-        P, M: from `plus_products` (or a pool's output and None), ``[N, C, ...]``.
+        R: relevance of the BatchNorm's output ``[N*K, C, ...]``. Gets a gradient.
+        P: from `plus_product` (or the value itself where it is one positive contribution). Gets a gradient.
+        u: the BatchNorm's input, from which ``M = P - u + b``; None says ``M = 0``. Gets a gradient.
         bias: the maps' own bias ``[C]`` or None, detached.
         weight, beta, mean, rstd: the BatchNorm's; gamma keeps its gradient.
         eps: of the z+ rule.
+        backend: "auto", "reference" or "cuda".
+
+    Returns:
+        ``(k+ s, |k-| s)``; the second is None without ``u``.
 
     Example:
         >>> import torch
@@ -140,13 +190,13 @@ def plus_affine(
     shift = (-mean if bias is None else bias.detach() - mean) * k
     if beta is not None:
         shift = shift + beta.detach()
-    shape = (-1, *[1] * (P.dim() - 2))
-    k_plus, k_minus = k.clamp(min=0).view(shape), (-k).clamp(min=0).view(shape)
-    z = torch.addcmul(shift.clamp(min=0).view(shape), P, k_plus)
-    if M is not None:
-        z = torch.addcmul(z, M, k_minus)
-    s = stabilised_ratio(R, z, eps, True)
-    return s * k_plus, None if M is None else s * k_minus
+    c = shift.clamp(min=0)
+    if bias is not None and u is not None:
+        # u holds the map's bias; the bias is no contribution, and its gradient through u is taken back here
+        c = torch.addcmul(c, (-k).clamp(min=0), bias)
+    if not torch.is_grad_enabled():
+        return kernel("plus_affine", backend, R)(R, P, u, k, c, float(eps))[:2]
+    return _PlusAffine.apply(R, P, u, k, c, float(eps), backend)
 
 
 def alpha_beta(
@@ -194,8 +244,8 @@ def gamma(
     s = stabilised_ratio(R, torch.where(positive, z + amount * P, z - amount * M), eps)
     if s.shape[0] != a.shape[0]:
         positive = positive.unsqueeze(1).expand(-1, s.shape[0] // a.shape[0], *z.shape[1:]).flatten(0, 1)
-    s_plus = s * torch.where(positive, 1 + amount, 1.0)
-    s_minus = -s * torch.where(positive, 1.0, 1 + amount)
+    more = s * (1 + amount)
+    s_plus, s_minus = torch.where(positive, more, s), -torch.where(positive, s, more)
     return plus_transposed(s_plus, s_minus, a, W, geometry, in_size, signed)
 
 

@@ -42,6 +42,7 @@ from .phi import (
     relative_epsilon,
     stabilise,
 )
+from .plus import plus_affine, plus_affine_backward
 from .pooling import max_pool, max_pool_gather, max_pool_scatter
 
 __all__ = [
@@ -62,6 +63,8 @@ __all__ = [
     "max_pool_scatter",
     "phi_scale",
     "phi_scale_backward",
+    "plus_affine",
+    "plus_affine_backward",
     "ratio",
     "ratio_backward",
     "relative_epsilon",

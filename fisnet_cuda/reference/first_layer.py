@@ -10,7 +10,7 @@ from .phi import per_sample, ratio, ratio_backward, sum_over_maps
 
 
 def _bound(bound: Tensor, like: Tensor) -> Tensor:
-    """A bound ``[C] or [1]`` shaped to be subtracted from ``like [N, C, ...]``."""
+    """A bound ``[C] or [1]`` shaped to be subtracted from ``like [N, C, ...]``, also with a K axis behind N."""
     return bound.view(1, -1, *[1] * (like.dim() - 2))
 
 
@@ -72,7 +72,7 @@ def zb(
     s, den = ratio(R_out, z - box, eps)
     c_plus, c_minus = _dgrad_pair(s, W, geometry, tuple(x.shape[2:]))
     (c_plus_k, x_k), (c_minus_k, _) = per_sample(c_plus, x), per_sample(c_minus, x)
-    R = torch.addcmul((x_k - _bound(low, x_k)) * c_plus_k, x_k - _bound(high, x_k), c_minus_k)
+    R = torch.addcmul((x_k - _bound(low, x)) * c_plus_k, x_k - _bound(high, x), c_minus_k)
     return (R.flatten(0, 1) if R.dim() > x.dim() else R), s, den
 
 
@@ -91,7 +91,7 @@ def zb_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """``(R_out_bar, W_bar, shift_bar, x_bar)``, the adjoint of `zb`, with ``z`` differentiated as ``W x + b``."""
     R_bar_k, x_k = per_sample(R_bar, x)
-    c_plus_bar, c_minus_bar = (x_k - _bound(low, x_k)) * R_bar_k, (x_k - _bound(high, x_k)) * R_bar_k
+    c_plus_bar, c_minus_bar = (x_k - _bound(low, x)) * R_bar_k, (x_k - _bound(high, x)) * R_bar_k
     if c_plus_bar.dim() > x.dim():
         c_plus_bar, c_minus_bar = c_plus_bar.flatten(0, 1), c_minus_bar.flatten(0, 1)
     s_bar = _fprop_pair(c_plus_bar, c_minus_bar, W, geometry)

@@ -84,18 +84,23 @@ def phi_scale(
     eps: Epsilon,
     skip: Tensor | None = None,  # [N*K, C, ...]
     scale: Tensor | None = None,  # [C]
+    rest: Tensor | None = None,  # [N*K, C, ...]
 ) -> tuple[Tensor, Tensor]:  # ([N*K, C, ...], [N*K, C, ...])
-    """``s = phi(a) . (g + skip)``; returns ``(scale . s, s)``, the same tensor twice without ``scale``."""
+    """``s = phi(a) . (g + skip)``; returns ``(scale . s + rest, s)``, the same tensor twice without ``scale``."""
     joined = g if skip is None else g + skip
     joined, a_k = per_sample(joined, a)
     if isinstance(eps, float) and eps == 0:
         s = joined * (a_k > 0)
     else:
-        t = a_k / (a_k + per_sample_eps(eps, g, a))
+        t = a_k + per_sample_eps(eps, g, a)
+        t = torch.div(a_k, t, out=t)
         # t can be reused in place only where it already has the size and dtype of the result
         s = t.mul_(joined) if t.shape == joined.shape and t.dtype == joined.dtype else t * joined
     s = s.flatten(0, 1) if s.dim() > a.dim() else s
-    return (s if scale is None else s * channel_view(scale, s)), s
+    if scale is None:
+        return s, s
+    factor = channel_view(scale, s)
+    return (s * factor if rest is None else torch.addcmul(rest, s, factor)), s
 
 
 def phi_scale_backward(

@@ -19,20 +19,21 @@ def channels(v, scale):
     return scale.view(1, -1, *[1] * (v.dim() - 2))
 
 
-def phi(g, a, eps, skip=None, scale=None):
-    """``scale . (a / (a + e)) (g + skip)``, the activation repeated over K."""
+def phi(g, a, eps, skip=None, scale=None, rest=None):
+    """``scale . (a / (a + e)) (g + skip) + rest``, the activation repeated over K."""
     k = g.shape[0] // a.shape[0]
     a = a.repeat_interleave(k, 0)
     e = eps.repeat_interleave(k, 0) if isinstance(eps, torch.Tensor) else eps
     s = a / (a + e) * (g if skip is None else g + skip)
-    return s if scale is None else s * channels(s, scale)
+    s = s if scale is None else s * channels(s, scale)
+    return s if rest is None else s + rest
 
 
 def rms(a, eps):
     return (eps * a.detach().double().flatten(1).square().mean(1).sqrt()).view(-1, *[1] * (a.dim() - 1)).to(a.dtype)
 
 
-def phi_case(shape, maps, eps, skip, scale):
+def phi_case(shape, maps, eps, skip, scale, rest=False):
     """A `Case` of `phi_scale`; ``eps`` "relative" takes the sample's own scale."""
     size = SHAPES[shape]
     inputs = {"g": randn(N * maps, *size, seed=1), "a": alive((N, *size), seed=2)}
@@ -40,6 +41,8 @@ def phi_case(shape, maps, eps, skip, scale):
         inputs["skip"] = randn(N * maps, *size, seed=3)
     if scale:
         inputs["scale"] = randn(size[0], seed=4)
+    if rest:
+        inputs["rest"] = randn(N * maps, *size, seed=5)
 
     def call(fn, relative):
         def run(g, a, *rest):
@@ -50,7 +53,7 @@ def phi_case(shape, maps, eps, skip, scale):
 
     # for gradcheck the relative epsilon must stay what it is: it is a constant of the backward
     fixed = ops.relative_epsilon(inputs["a"], 0.1)
-    name = f"{shape}-K{maps}-{eps}{'-skip' * skip}{'-scale' * scale}"
+    name = f"{shape}-K{maps}-{eps}{'-skip' * skip}{'-scale' * scale}{'-rest' * rest}"
     return Case(name, call(ops.phi_scale, lambda a: fixed.to(a.dtype)), call(phi, lambda a: fixed.to(a.dtype)), inputs)
 
 
@@ -61,6 +64,8 @@ PHI = [
     phi_case("image", K, "relative", True, True),
     phi_case("image", 1, "relative", False, False),
     phi_case("odd", K, 0.3, True, False),
+    phi_case("image", K, 0.01, False, True, rest=True),
+    phi_case("dense", 1, "relative", True, True, rest=True),
     phi_case("one", 1, 0.01, True, True),
     phi_case("volume", K, 0.01, False, True),
 ]
@@ -153,6 +158,8 @@ def test_errors(name):
         getattr(ops, name)(torch.ones(3, 3, 4), torch.ones(2, 3, 4), 0.01)
     with pytest.raises(ValueError, match="got"):
         getattr(ops, name)(torch.ones(2, 3, 5), torch.ones(2, 3, 4), 0.01)
+    with pytest.raises(ValueError, match="rest is added behind scale: pass scale too"):
+        ops.phi_scale(torch.ones(2, 3), torch.ones(2, 3), 0.01, rest=torch.ones(2, 3))
     with pytest.raises(RuntimeError, match=r"backend='cuda' needs tensors on a GPU"):
         ops.phi_scale(torch.ones(2, 3), torch.ones(2, 3), 0.01, backend="cuda")
 
@@ -226,12 +233,20 @@ def plain_cases():
     z = z + 0.1 * z.sign()  # away from the step at 0
     R = randn(N * K, 3, 4, 2, seed=2)
     e = rand(N, 1, 1, 1, seed=3)
+
+    def pair(name, R, z, e, *nonneg):
+        def of(v):
+            return e.to(v.dtype) if isinstance(e, torch.Tensor) else e
+
+        return Case(name, lambda r, v: ops.stabilised_ratio(r, v, of(v), *nonneg), lambda r, v: ratio(r, v, of(v)),
+                    {"R": R, "z": z})  # fmt: skip
+
     return [
-        Case("ratio", lambda r, v: ops.stabilised_ratio(r, v, 0.01), lambda r, v: ratio(r, v, 0.01), {"R": R, "z": z}, False),
-        Case("ratio-relative", lambda r, v: ops.stabilised_ratio(r, v, e.to(v.dtype)),
-             lambda r, v: ratio(r, v, e.to(v.dtype)), {"R": R, "z": z}, False),
-        Case("ratio-K1", lambda r, v: ops.stabilised_ratio(r, v, 0.01), lambda r, v: ratio(r, v, 0.01),
-             {"R": R[:N], "z": z}, False),
+        pair("ratio", R, z, 0.01),
+        pair("ratio-relative", R, z, e),
+        pair("ratio-K1", R[:N], z, 0.01),
+        pair("ratio-nonneg", R, z.abs(), 0.01, True),
+        pair("ratio-nonneg-relative", R, z.abs(), e, True),
         Case("times", ops.times, lambda v, g: v.repeat_interleave(K, 0) * g, {"v": z, "g": R}, False),
         Case("channel_scale", ops.channel_scale, lambda g, c: g * channels(g, c), {"g": R, "scale": randn(3)}, False),
         Case("channel_scale-by-sample", ops.channel_scale, lambda g, c: g * c.repeat_interleave(K, 0)[:, :, None, None],
@@ -243,6 +258,18 @@ def plain_cases():
 @pytest.mark.parametrize("case", plain_cases(), ids=str)
 def test_plain_ops(case, check):
     check(case)
+
+
+@pytest.mark.parametrize("eps", [0, 0.0, 0.01], ids=["int", "zero", "some"])
+@pytest.mark.parametrize("nonneg", [False, True])
+def test_ratio_of_nothing(eps, nonneg):
+    """Where ``R = z = 0`` the ratio is 0, and the gradients are finite, with and without epsilon."""
+    z, R = torch.zeros(2, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
+    s = ops.stabilised_ratio(R, z, eps, nonneg)
+    assert not s.any()
+    assert all(torch.isfinite(t).all() for t in grads(s, [R, z]))
+    relative = ops.relative_epsilon(z, 0.1)
+    assert not ops.stabilised_ratio(R, z, relative, nonneg).any()
 
 
 @pytest.mark.parametrize("eps", [0, 0.0, 0.01], ids=["int", "zero", "some"])

@@ -26,7 +26,15 @@ def relevance(b, index, node, stream) -> None:
         for source in node.inputs:
             stream.give(source, "g", g)
         return
-    R = stream.take_R(index, node.name)
+    for plus, minus in stream.of_form(index, "S"):  # a BatchNorm folded into this sum: no denominator of its own
+        for source in node.inputs:
+            stream.give(source, "S", (plus, None if b.nonneg[source] else minus))
+    own = [c for c in stream.contributions[index] if c[0] != "S"]
+    if not own:
+        return
+    alone = type(stream)(b, stream.spec)
+    alone.contributions[index] = own
+    R = alone.take_R(index, node.name)
     x, y = node.inputs
     flags = (b.nonneg[x], b.nonneg[y])
     r = b.emit(node.name, rule, "add_z+", _plus_add, (R, Slot(x), Slot(y), flags, float(rule.eps)))

@@ -36,10 +36,13 @@ def relevance(b, index, node, stream) -> None:
     rule = stream.rule(index)
     if isinstance(rule, ZPlus):
         R = stream.take_R(index, node.name)
-        P, M, bias = stream.sums(source)
-        operands = (R, P, M, bias, attrs["weight"], attrs["bias"], mean, rstd, float(rule.eps))
-        plus, minus = b.emit(node.name, rule, "affine z+", plus_affine, operands, outs=2)
-        stream.give(source, "S", (plus, None if M is None else minus))
+        P, two_sided, bias = stream.sums(source)
+        u = Slot(source) if two_sided else None
+        operands = (R, P, u, bias, attrs["weight"], attrs["bias"], mean, rstd, float(rule.eps))
+        plus, minus = b.emit(
+            node.name, rule, "affine z+", plus_affine, operands, outs=2, kernel="plus_affine", backend=b.backend
+        )
+        stream.give(source, "S", (plus, minus if two_sided else None))
         return
     scale = scale_of(b, index)
     g = stream.take_g(index, node.name)

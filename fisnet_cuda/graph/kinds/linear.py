@@ -107,7 +107,7 @@ def _zplus_two_sided(b, index, node, stream, rule, pairs) -> None:
     geometry, signed = node.attrs["geometry"], not b.nonneg[node.inputs[0]]
     if out != index:
         W, shift = _folded(b, index, node)
-        P, _ = b.emit(node.name, rule, "plus_products", rule_ops.plus_products, (Slot(source), W, geometry, signed), outs=2)
+        P = b.emit(node.name, rule, f"{node.kind}+", rule_ops.plus_product, (Slot(source), W, geometry, signed))
     else:
         W = node.attrs["weight"]
         P, _, shift = stream.sums(index)
