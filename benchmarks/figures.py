@@ -100,7 +100,7 @@ def bars(
         target_text, bound_text: what the legend calls the lines.
     """
     most = max(len(panel.items) for panel in panels)
-    size = max(8.0, 1.6 + 5.4 * len(panels)), 2.2 + most * (0.5 if most < 20 else 0.25)
+    size = max(8.0, 1.6 + 5.4 * len(panels)), 2.2 + most * (0.5 if most < 20 else 0.24)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for ax, panel in zip(axes[0], panels):
         _panel(ax, panel, xlabel, log)
@@ -131,10 +131,11 @@ def _panel(ax: Axes, panel: Panel, xlabel: str, log: bool) -> None:
         text = item.text or f"{v.p50:.2f}"
         ax.annotate(text, (right, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
     ax.set_yticks(places, [item.label for item in panel.items], fontsize=9)
-    ax.invert_yaxis()
+    ax.set_ylim(len(panel.items) - 0.4, -0.6)
     if log:
         ax.set_xscale("log")
         ax.set_xlim(0.5 * min(item.value.p20 for item in panel.items), 4 * largest)
+        ax.xaxis.set_major_formatter("{x:g}")
     else:
         ax.set_xlim(0, 1.32 * largest)
     ax.set_xlabel(xlabel)

@@ -1,7 +1,8 @@
 """How much memory does a training step take at its peak, next to a plain one?
 
-Each case runs a few steps in a process of its own (`benchmarks.peak`), in turn, several times. On a CPU the peak is
-that of the whole process, PyTorch and the weights included; on a GPU that of the tensors.
+Each case runs forward, loss and backward a few times in a process of its own (`benchmarks.peak`), in turn, several
+times over. On a CPU the peak is that of the whole process, PyTorch and the weights included; on a GPU that of the
+tensors. The optimizer is left out: what it takes is the same for every case.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LIMITS = {
 
 COLUMNS = {
     "net": cell("model"),
-    "training step": lambda row: figures.TEXTS[row["case"]],
+    "training step": lambda row: figures.TEXTS[row["case"]].replace("\n", " "),
     "classes": cell("classes"),
     "peak, MiB": cell("peak_mib", 0),
     "over plain": cell("over_plain"),

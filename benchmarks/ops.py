@@ -95,8 +95,9 @@ def draw(report: Report, path: Path) -> None:
             items.append(figures.Item(" ".join(filter(None, words)), ms, colour, text=f"{ms.p50:.2g} ms"))
         panels.append(figures.Panel(layout, items))
     figures.bars(
-        path, "What single ops cost", figures.machine(report.environment), panels,
-        "time, milliseconds (logarithmic). Blue: forward, green: backward, grey: PyTorch's own op", log=True,
+        path, "What single ops cost",
+        f"{figures.machine(report.environment)}\nBlue: forward, green: backward, grey: PyTorch's own op",
+        panels, "milliseconds, logarithmic", log=True,
     )  # fmt: skip
 
 

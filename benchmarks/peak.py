@@ -1,9 +1,9 @@
-"""A few training steps of one case in this process; prints its peak memory in MiB.
+"""A few training steps of one case (forward, loss, backward) in this process; prints its peak memory in MiB.
 
-``python -m benchmarks.peak '{"case": "selective", "steps": 3, "threads": 2, "setup": {"model": "resnet18"}}'``
+``python -m benchmarks.peak '{"case": "dual", "steps": 4, "threads": 2, "setup": {"model": "resnet18"}}'``
 
-Run in a fresh process for every case, and importing no more than a training step needs: the peak is that of the
-whole process, PyTorch included.
+Run in a fresh process for every case, importing no more than such a step needs: the peak is that of the whole
+process, PyTorch included.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(request: str) -> None:
     if wanted["threads"]:
         torch.set_num_threads(wanted["threads"])
     setup = Setup(**wanted["setup"])
-    step = TrainingStep(wanted["case"], setup)
+    step = TrainingStep(wanted["case"], setup, update=False)
     for _ in range(wanted["steps"]):
         step()
     print(json.dumps({"peak_mib": peak_mib(setup.device)}))

@@ -36,7 +36,7 @@ COLUMNS = {
     "ms": cell("ms", 1),
     "over plain": cell("over_plain"),
     "peak, MiB": cell("peak_mib", 0),
-    "over plain, peak": cell("peak_over_plain"),
+    "peak over plain": cell("peak_over_plain"),
 }
 COMPILED_COLUMN = {"over compiled plain": cell("over_compiled_plain")}
 

@@ -2,6 +2,6 @@
 
 from .ir import Graph, Instr, Node
 from .lower import StreamSpec
-from .program import Plan, Program, Row, build_graph
+from .program import Plan, Program, Row, build_graph, build_graphs
 
-__all__ = ["Graph", "Instr", "Node", "Plan", "Program", "Row", "StreamSpec", "build_graph"]
+__all__ = ["Graph", "Instr", "Node", "Plan", "Program", "Row", "StreamSpec", "build_graph", "build_graphs"]

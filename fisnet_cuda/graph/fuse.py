@@ -145,6 +145,17 @@ def _phi_bn_rest(p: _Program, position: int) -> None:
             return
 
 
+def _times_zb(p: _Program, position: int) -> None:
+    """The first ReLU's ``R = a . g`` inside the z^B rule."""
+    zb = p.instrs[position]
+    if zb.op != "zb":
+        return
+    times_at = p.made_by(zb.operands[0], "times")
+    if times_at is not None and p.only_reader(zb.operands[0].index, position):
+        carrier, g = p.instrs[times_at].operands
+        p.replace(position, replace(zb, operands=(g, *zb.operands[1:], carrier)), times_at)
+
+
 def _dual_phi(p: _Program, position: int) -> None:
     """Both rules of Dual at one ReLU: ``phi_scale`` of one map and ``a g+ / (z+ + e)`` of the other."""
     ratio = p.instrs[position]
@@ -169,7 +180,7 @@ def _dual_phi(p: _Program, position: int) -> None:
         return
 
 
-PATTERNS: tuple[Callable[[_Program, int], None], ...] = (_bn_add_relu, _bn_relu, _linear_relu, _phi_bn, _phi_bn_rest, _dual_phi)
+PATTERNS: tuple[Callable[[_Program, int], None], ...] = (_bn_add_relu, _bn_relu, _linear_relu, _phi_bn, _phi_bn_rest, _times_zb, _dual_phi)
 
 
 def _fprop_relu(x: Tensor, W: Tensor, bias: Tensor | None, geometry: ops.Geometry) -> Tensor:

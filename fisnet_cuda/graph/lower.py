@@ -72,7 +72,9 @@ class Builder:
 
         self.graph, self.backend, self.keep = graph, backend, keep
         self.kinds = {node.kind: kinds.of(node) for node in graph.nodes}
-        self.users = graph.users()
+        # who reads a value, not who asks for its shape
+        self.users = [[user for user in users if graph.nodes[user].kind != "host"] for users in graph.users()]
+        self.near_input = _near_input(graph)
         self.slots = len(graph.nodes)
         self.forward: list[Instr] = []
         self.relevance: list[Instr] = []
@@ -88,8 +90,10 @@ class Builder:
         for index, node in enumerate(self.graph.nodes):
             users = self.users[index]
             alone = len(users) == 1 and index not in self.keep and index != self.graph.output
-            if node.kind in LINEAR and alone and self.graph.nodes[users[0]].kind == "batch_norm":
-                if node.kind == "conv":
+            norm = self.graph.nodes[users[0]] if alone else None
+            if node.kind in LINEAR and alone and norm.kind == "batch_norm":
+                # behind a dense layer BatchNorm has the same channels only where there is no other axis
+                if node.kind == "conv" or node.attrs.get("features", 0) == norm.attrs.get("features", 1):
                     merged[index] = users[0]
         return merged
 
@@ -141,8 +145,20 @@ class Builder:
         """Slots of (mean, rstd) that the forward of BatchNorm ``index`` used."""
         return self.shared[("statistics", index)]
 
-    def is_input(self, index: int) -> bool:
-        return self.graph.nodes[index].kind == "input"
+    def bounds(self, index: int, low: Any, high: Any) -> tuple[Any, Any]:
+        """The bounds of a value in `near_input` as operands: those of the input (numbers), or images made from them."""
+        if index == 0:
+            return low, high
+        return self.once(("bounds", index, low, high), lambda: self._bounds(index, low, high))
+
+    def _bounds(self, index: int, low: Any, high: Any) -> tuple[Any, Any]:
+        if index == 0:
+            return self.emit("input", None, "bounds", _bound_images, (Slot(0), low, high), outs=2)
+        node = self.graph.nodes[index]
+        images = [self.once(("bounds", i, low, high), lambda i=i: self._bounds(i, low, high)) for i in node.inputs]
+        lows, highs = (tuple(pair[which] for pair in images) for which in (0, 1))
+        one = len(images) == 1
+        return self.kinds[node.kind].bound(self, index, node, lows[0] if one else lows, highs[0] if one else highs)
 
     def output_of(self, index: int) -> int:
         """The node at which a linear map's relevance arrives: the BatchNorm folded into it, or itself."""
@@ -159,6 +175,19 @@ class Stream:
     def give(self, value: int, form: str, slot: Any) -> None:
         self.contributions.setdefault(value, []).append((form, slot))
 
+    def alone(self, value: int, contributions: list[tuple[str, Any]]) -> Stream:
+        """A stream of the same rules that has only these contributions, at ``value``."""
+        stream = Stream(self.b, self.spec)
+        stream.contributions[value] = list(contributions)
+        return stream
+
+    def settle(self, value: int, layer: str) -> None:
+        """Turn "S" pairs at ``value`` into ``g``: the value counts as one contribution to what reads it."""
+        parts = self.contributions[value]
+        self.contributions[value] = [
+            ("g", self._g_of_pair(value, slot, layer)) if form == "S" else (form, slot) for form, slot in parts
+        ]
+
     def has(self, value: int) -> bool:
         return bool(self.contributions.get(value))
 
@@ -174,7 +203,7 @@ class Stream:
             named = rules.named(self.b.graph.nodes[self.b.merged[index]].name)
         if named is not None:
             return named
-        if rules.first is not None and node.kind in LINEAR and self.b.is_input(node.inputs[0]):
+        if rules.first is not None and node.kind in LINEAR and node.inputs[0] in self.b.near_input:
             return rules.first
         return rules.linear if node.kind == "linear" else rules.conv
 
@@ -249,6 +278,8 @@ class Stream:
 
     def _sums(self, value: int) -> tuple[Slot, bool, Any]:
         node, b = self.b.graph.nodes[value], self.b
+        if hasattr(b.kinds[node.kind], "sums"):
+            return b.kinds[node.kind].sums(self, value, node)
         if node.kind in LINEAR:
             source = node.inputs[0]
             operands = (Slot(source), node.attrs["weight"], node.attrs["geometry"], not b.nonneg[source])
@@ -262,13 +293,48 @@ class Stream:
                 bias = b.emit(node.name, None, "concat", _cat_biases, (vectors, node.attrs["dim"]))
             return P, any(two for _, two, _ in parts), bias
         if b.nonneg[value]:
-            return Slot(value), False, None
+            return self.part(value)
         if node.kind == "pool_avg":
             return b.emit(node.name, ZPlus(), "avg_pool+", _pool_of_part, (Slot(node.inputs[0]), *_pool(node))), True, None
         if node.kind == "add":
             operands = tuple(Slot(source) for source in node.inputs)
             return b.emit(node.name, ZPlus(), "add+", _sum_of_parts, operands), True, None
-        return b.emit(node.name, ZPlus(), "part", _part, (Slot(value),)), True, None
+        return self.part(value)
+
+    def part(self, value: int) -> tuple[Slot, bool, None]:
+        """`sums` of a value that counts as one contribution."""
+        if self.b.nonneg[value]:
+            return Slot(value), False, None
+        return self.b.emit(self.b.graph.nodes[value].name, ZPlus(), "part", _part, (Slot(value),)), True, None
+
+
+def _near_input(graph: Graph) -> frozenset[int]:
+    """The input, and values that only move, copy or rescale it: what reads them is a first layer."""
+    from . import kinds
+
+    near = {0}
+    for index, node in enumerate(graph.nodes):
+        if node.inputs and near.issuperset(node.inputs) and kinds.moves(node):
+            near.add(index)
+    return frozenset(near)
+
+
+def _check_first_layers(b: Builder, spec: StreamSpec) -> None:
+    """A rule for first layers needs first layers: what else reads the input would silently go without."""
+    if spec.rules.first is None:
+        return
+    needed = {b.graph.output}
+    for index in reversed(range(len(b.graph.nodes))):
+        node = b.graph.nodes[index]
+        if index not in needed or node.kind == "host":
+            continue
+        needed.update(node.inputs)
+        if index not in b.near_input and node.kind not in LINEAR and b.near_input.intersection(node.inputs):
+            raise UnsupportedModelError(
+                f"{node.name}: {node.kind} reads the input, and the rule of the first layer, {rule_name(spec.rules.first)}, is "
+                "for convolutions and dense layers (behind constants, padding and reshapes). Pass first_layer='epsilon', or "
+                "a rule map without 'first'."
+            )
 
 
 def lower(
@@ -284,6 +350,8 @@ def lower(
         taps: also keep each node's incoming and outgoing relevance (for the conservation check).
     """
     b = Builder(graph, specs, frozenset(hidden.values()), backend)
+    for spec in specs:
+        _check_first_layers(b, spec)
     for index, node in enumerate(graph.nodes):
         kind = b.kinds[node.kind]
         b.nonneg.append(kind.nonneg(b, node))
@@ -392,8 +460,19 @@ def _pool(node: Node) -> tuple:
     return node.attrs["spatial"], node.attrs["adaptive"], node.attrs["settings"]
 
 
+def _bound_images(x: Tensor, low: Any, high: Any) -> tuple[Tensor, Tensor]:
+    """Bounds, one number or one a channel, as images ``[1, C, ...]``."""
+
+    def image(bound: Any) -> Tensor:
+        values = bound if isinstance(bound, tuple) else (bound,)
+        columns = torch.cat([x.new_full((1,), float(v)) for v in values])
+        return columns.view(1, -1, *[1] * (x.dim() - 2)).expand(x[:1].shape)
+
+    return image(low), image(high)
+
+
 def _part(v: Tensor) -> Tensor:
-    return v.clamp(min=0)
+    return torch.relu(v)
 
 
 def _sum_of_parts(*summands: Tensor) -> Tensor:

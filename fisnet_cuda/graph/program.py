@@ -17,7 +17,19 @@ from .capture import capture
 from .fuse import fuse
 from .ir import Graph, Instr, Mode, Param, Slot, slots_in
 from .lower import Lowered, StreamSpec, lower
-from .normalise import normalise
+from .normalise import follow_modes, normalise
+
+
+def build_graphs(model: nn.Module, example_input: Tensor | None = None) -> dict[bool, Graph]:
+    """The model as LRP nodes, traced in train mode (True) and in eval mode (False); one object where they agree.
+
+    Functional dropout, auxiliary heads and the like depend on the mode.
+
+    Raises:
+        UnsupportedModelError: names the module path, the op and what to do.
+    """
+    train, evaluate = follow_modes(*(build_graph(model, mode, example_input) for mode in (True, False)))
+    return {True: train, False: train if train == evaluate else evaluate}
 
 
 def build_graph(model: nn.Module, training: bool, example_input: Tensor | None = None) -> Graph:
@@ -120,7 +132,7 @@ class Program:
         forward, relevance = fuse(lowered.forward, lowered.relevance, frozenset(outputs))
         self.lowered = replace(lowered, forward=forward, relevance=relevance)
         self._frees = _last_uses(forward, relevance, outputs)
-        self._owners = _param_owners((*forward, *relevance))
+        self._owners = _param_owners(forward), _param_owners(relevance)  # apart: a parametrized weight is computed when read
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
@@ -134,7 +146,7 @@ class Program:
         """
         env: list[Any] = [None] * self.lowered.slots
         env[0] = x
-        _execute(self.lowered.forward, self._frees[0], env, self._lookup(model, training))
+        _execute(self.lowered.forward, self._frees[0], env, _look_up(self._owners[0], model, training))
         return env
 
     def run_relevance(
@@ -152,19 +164,8 @@ class Program:
         for name, slot in self.lowered.starts.items():
             if slot is not None:
                 env[slot] = starts[name]
-        _execute(self.lowered.relevance, self._frees[1], env, self._lookup(model, training))
+        _execute(self.lowered.relevance, self._frees[1], env, _look_up(self._owners[1], model, training))
         return env
-
-    def _lookup(self, model: nn.Module, training: bool | None) -> dict[Param | Mode, Any]:
-        """The model's parameters, buffers and modes as they are now, found once a run."""
-        found: dict[Param | Mode, Any] = {}
-        for path, wanted in self._owners:
-            module: Any = model
-            for part in path:
-                module = getattr(module, part)
-            for key, name in wanted:
-                found[key] = training if name == "training" and training is not None else getattr(module, name)
-        return found
 
     # ---- looking -----------------------------------------------------------------------------------------------------
 
@@ -198,12 +199,24 @@ def _execute(
         operands = [_read(operand, env, lookup) for operand in instr.operands]
         result = instr.fn(*operands, **dict(instr.options)) if instr.options else instr.fn(*operands)
         if len(instr.outs) == 1:
-            env[instr.outs[0]] = result[0] if type(result) is tuple and len(result) == 1 else result
+            env[instr.outs[0]] = result
         else:
             for slot, value in zip(instr.outs, result):
                 env[slot] = value
         for slot in dead:
             env[slot] = None
+
+
+def _look_up(owners: tuple, model: nn.Module, training: bool | None) -> dict[Param | Mode, Any]:
+    """The model's parameters, buffers and modes as they are now, found once a run."""
+    found: dict[Param | Mode, Any] = {}
+    for path, wanted in owners:
+        module: Any = model
+        for part in path:
+            module = getattr(module, part)
+        for key, name in wanted:
+            found[key] = training if name == "training" and training is not None else getattr(module, name)
+    return found
 
 
 def _read(operand: Any, env: list[Any], lookup: Mapping[Param | Mode, Any]) -> Any:
@@ -272,4 +285,4 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"{hint}`print(net.plan())` lists the layers."
 
 
-__all__ = ["Graph", "Lowered", "Plan", "Program", "Row", "StreamSpec", "build_graph"]
+__all__ = ["Graph", "Lowered", "Plan", "Program", "Row", "StreamSpec", "build_graph", "build_graphs"]

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from ..errors import UnsupportedModelError
 from .capture import Captured
 from .ir import Graph, Node, Param, Ref
+from .remedies import remedy
 
 _OPERATORS = {
     operator.add: "add", operator.iadd: "add_", operator.sub: "sub", operator.isub: "sub_", operator.mul: "mul",
@@ -32,46 +33,6 @@ _ABOUT_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "is_cuda")
 _CHECKS = ("_assert", "sym_constrain")
 # kinds whose value may share memory with their input
 _VIEWS = frozenset(("reshape", "permute", "slice", "mask", "cast"))
-_WHY = {
-    "mul": "relevance through a product of two activations is not defined here: gates, squeeze-and-excitation, attention",
-    "matmul": "relevance through a product of two activations is not defined here: attention",
-    "softmax": "inside a network it is a gate or attention; at the end the losses apply it themselves",
-    "sigmoid": "inside a network it is a gate; at the end the losses apply it themselves",
-    "compare": "it turns values into a choice, which relevance cannot follow",
-    "recurrent": "recurrent layers have no LRP rule here",
-    "attention": "attention has no LRP rule here",
-    "convolution": "transposed convolutions have no LRP rule here",
-    "write": "it rewrites part of a tensor",
-    "lookup": "an embedding has no input that could carry relevance",
-    "sync": "statistics across processes are not supported yet",
-}
-_DO = {
-    "mul": "Remove the gate, or train a variant of the network without it.",
-    "matmul": "Use a network without attention.",
-    "softmax": "Return the logits.",
-    "sigmoid": "Return the logits.",
-    "compare": "Use relu, clamp(min=0) or a max pool instead.",
-    "recurrent": "Use convolutions or dense layers.",
-    "attention": "Use a network without attention.",
-    "convolution": "Use Upsample and Conv instead.",
-    "write": "Build the tensor with torch.cat or pad instead.",
-    "lookup": "Wrap only the part of the model behind it.",
-    "sync": "Use BatchNorm1d, 2d or 3d.",
-}
-_FAMILY = {
-    **dict.fromkeys(("matmul", "mm", "bmm", "baddbmm", "einsum", "dot"), "matmul"),
-    **dict.fromkeys(("softmax", "log_softmax", "Softmax", "Softmax2d", "LogSoftmax", "logsumexp", "softmin", "Softmin"), "softmax"),
-    **dict.fromkeys(("sigmoid", "Sigmoid", "logsigmoid", "LogSigmoid", "hardsigmoid", "Hardsigmoid"), "sigmoid"),
-    **dict.fromkeys(("gt", "lt", "ge", "le", "eq", "ne", "where", "masked_fill", "maximum", "minimum", "max", "min"), "compare"),
-    **dict.fromkeys(("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "lstm", "gru"), "recurrent"),
-    **dict.fromkeys(
-        ("MultiheadAttention", "scaled_dot_product_attention", "multi_head_attention_forward", "Transformer",
-         "TransformerEncoder", "TransformerEncoderLayer", "TransformerDecoder", "TransformerDecoderLayer"), "attention"),
-    **{f"{name}{n}d": "convolution" for name in ("ConvTranspose", "conv_transpose") for n in (1, 2, 3)},
-    **dict.fromkeys(("setitem", "copy", "fill", "zero", "index_put", "index_copy", "scatter", "masked_scatter"), "write"),
-    **dict.fromkeys(("Embedding", "EmbeddingBag", "embedding"), "lookup"),
-    "mul": "mul", "SyncBatchNorm": "sync",
-}  # fmt: skip
 
 
 class Host(Ref):
@@ -147,7 +108,7 @@ class Reader:
                 self.visit(node)
             returned[node] = self.values.get(node)
         outputs = {path: returned[node] for path, node in self.captured.module_outputs.items()}
-        named = {path: value.index for path, value in outputs.items() if _is_activation(value)}
+        named = {path: value.index for path, value in outputs.items() if is_activation(value)}
         return Graph(tuple(self.nodes), output.index, named)
 
     def placeholder(self, node: fx.Node) -> Any:
@@ -184,7 +145,7 @@ class Reader:
             value = value.logits
         elif isinstance(value, (tuple, list)) and len(value) == 1:
             value = value[0]
-        if _is_activation(value):
+        if is_activation(value):
             return value
         count = len(result) if isinstance(result, (tuple, list, dict)) else 0
         what = f"{count} values" if count > 1 else "no tensor that depends on its input"
@@ -214,10 +175,10 @@ class Reader:
         else:
             method = getattr(self, f"op_{name}", None)
             if method is None:
-                raise self.unsupported(name)
+                raise self.unsupported(f".{args[1]}" if name == "getattr" else name)
             in_place = in_place or kwargs.get("inplace") is True
             self.values[node] = method(*args, **kwargs)
-        if in_place and _is_activation(self.values[node]):
+        if in_place and is_activation(self.values[node]):
             self.overwrite(args[0], self.values[node])
 
     def canonical(self, node: fx.Node) -> tuple[str, bool]:
@@ -249,7 +210,7 @@ class Reader:
 
     def overwrite(self, target: Any, new: Ref) -> None:
         """An in-place op: whoever reads the old value from here on sees the new one."""
-        if not _is_activation(target):
+        if not is_activation(target):
             return
         self.values = {node: _replaced(value, target, new) for node, value in self.values.items()}
         family = self.roots[target.index]
@@ -307,12 +268,10 @@ class Reader:
         return module if self.call == self.at else f"{module}: {self.call}"
 
     def unsupported(self, op: str, why: str | None = None, do: str | None = None) -> UnsupportedModelError:
-        family = _FAMILY.get(op, "")
-        why = why or _WHY.get(family, "it has no LRP rule here")
-        do = do or _DO.get(family) or (
-            "Replace it by a supported op (fisnet_cuda.supported() lists them), or wrap only the part of the model without it."
-        )  # fmt: skip
-        return UnsupportedModelError(f"{self.at or 'the model'}: {op} is not supported ({why}). {do}")
+        default = remedy(op)
+        return UnsupportedModelError(
+            f"{self.at or 'the model'}: {op} is not supported ({why or default.why}). {do or default.do}"
+        )
 
     def check_batch_axis(self, dims: tuple, what: str) -> None:
         if any(d == 0 for d in dims):
@@ -327,19 +286,15 @@ class Reader:
         raise NotImplementedError
 
 
-def is_constant(value: Any) -> bool:
-    """A number, weight or tensor, not an activation."""
-    return not _is_activation(value)
-
-
-def _is_activation(value: Any) -> bool:
+def is_activation(value: Any) -> bool:
+    """A value that carries relevance, not a number, shape or weight."""
     return isinstance(value, Ref) and not isinstance(value, Host)
 
 
 def _replaced(value: Any, old: Ref, new: Ref) -> Any:
     if type(value) is tuple:
         return tuple(_replaced(part, old, new) for part in value)
-    return new if _is_activation(value) and value == old else value
+    return new if is_activation(value) and value == old else value
 
 
 def _leaves(args: Any) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .._backend import check_backend
 from ..errors import FisnetWarning
-from ..graph import Plan, Program, StreamSpec, build_graph
+from ..graph import Plan, Program, StreamSpec, build_graphs
 from ..rules import ZB, Epsilon, Rule, RuleMap, ZPlus, resolve
 from .variants import SELECT, VARIANTS, draw_class, eta_gradient, one_hot, select_class
 
@@ -136,10 +136,7 @@ class ISNet(nn.Module):
             specs.insert(0, StreamSpec("z+", RuleMap(conv=plus, linear=plus, first=first_rule), from_all=True))
         target_specs = (StreamSpec("epsilon", base),)
 
-        # two traces, because functional dropout, auxiliary heads and the like depend on the mode; one program if they agree
-        graphs = {mode: build_graph(model, mode, example_input) for mode in (True, False)}
-        if graphs[True] == graphs[False]:
-            graphs[False] = graphs[True]
+        graphs = build_graphs(model, example_input)
         made: dict[int, tuple[Program, Program]] = {}
         for graph in graphs.values():
             if id(graph) not in made:

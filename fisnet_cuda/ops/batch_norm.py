@@ -98,15 +98,17 @@ def tracked_bn_act(
 
 
 def affine_scale_shift(
-    weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, linear_bias: Tensor | None = None
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, linear_bias: Tensor | None = None,
+    constant_bias: bool = True,
 ) -> tuple[Tensor, Tensor]:  # ([C], [C])
     """``(scale, b~)`` of a BatchNorm folded into the map before it: ``scale = gamma rstd``, ``b~ = (b - mean) scale + beta``.
 
-    gamma keeps its gradient; ``b``, ``beta`` and the statistics are detached (semantics.md sections 2 and 4).
+    gamma keeps its gradient; the statistics are detached, and with ``constant_bias`` ``b`` and ``beta`` too (semantics.md
+    sections 2 and 4).
 
     Example:
         >>> import torch
         >>> affine_scale_shift(torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([0.5]))
         (tensor([1.]), tensor([-2.]))
     """
-    return reference.affine_scale_shift(weight, bias, mean, rstd, linear_bias)
+    return reference.affine_scale_shift(weight, bias, mean, rstd, linear_bias, constant_bias)

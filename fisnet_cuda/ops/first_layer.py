@@ -13,21 +13,21 @@ from .linear_maps import _compute_dtype
 
 class _ZB(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, R_out, x, z, W, shift, low, high, eps, geometry, backend):
-        R, s, den = kernel("zb", backend, R_out)(R_out, x, z, W, shift, low, high, eps, Geometry(*geometry))
-        ctx.save_for_backward(s, den, x, W, shift, low, high)
+    def forward(ctx, R_out, x, z, W, shift, low, high, eps, geometry, carrier, backend):
+        R, s, den = kernel("zb", backend, R_out)(R_out, x, z, W, shift, low, high, eps, Geometry(*geometry), carrier)
+        ctx.save_for_backward(s, den, x, W, shift, low, high, carrier, None if carrier is None else R_out)
         ctx.geometry, ctx.backend = geometry, backend
         return R
 
     @staticmethod
     @once_differentiable
     def backward(ctx, R_bar):
-        s, den, x, W, shift, low, high = ctx.saved_tensors
+        s, den, x, W, shift, low, high, carrier, g = ctx.saved_tensors
         need = ctx.needs_input_grad
-        R_out_bar, W_bar, shift_bar, x_bar = kernel("zb_backward", ctx.backend, s)(
-            R_bar, s, den, x, W, shift, low, high, Geometry(*ctx.geometry), need[3] or need[4], need[1]
+        R_out_bar, W_bar, shift_bar, x_bar, carrier_bar = kernel("zb_backward", ctx.backend, s)(
+            R_bar, s, den, x, W, shift, low, high, Geometry(*ctx.geometry), need[3] or need[4], need[1], carrier, g
         )
-        return R_out_bar, x_bar, None, W_bar, shift_bar, None, None, None, None, None
+        return R_out_bar, x_bar, None, W_bar, shift_bar, None, None, None, None, carrier_bar, None
 
 
 def zb(
@@ -36,10 +36,11 @@ def zb(
     z: Tensor,  # [N, C_out, ...]
     W: Tensor,  # [C_out, C_in/groups, *kernel]
     shift: Tensor | None,  # [C_out]
-    low: Tensor,  # [C_in] or [1]
-    high: Tensor,  # [C_in] or [1]
+    low: Tensor,  # [C_in], [1] or [1, C_in, ...]
+    high: Tensor,  # as low
     eps: float,
     geometry: Geometry,
+    carrier: Tensor | None = None,  # [N, C_out, ...]
     *,
     backend: str = "auto",
 ) -> Tensor:  # [N*K, C_in, ...]
@@ -56,9 +57,11 @@ def zb(
             formula, that is through ``x``, ``W`` and ``shift``, not through this tensor.
         W: weight with BatchNorm folded in. Gets a gradient.
         shift: bias ``b`` with BatchNorm folded in ``[C_out]``, or None. Gets a gradient.
-        low, high: the bounds, ``[C_in]`` or ``[1]``, constant.
+        low, high: the bounds, ``[C_in]`` or ``[1]``, constant; or an image of them, shaped as one sample of ``x``.
         eps: the stabiliser, in units of ``z``.
         geometry: `conv_geometry(...)` or `linear_geometry()`.
+        carrier: the value (a ReLU's output) that ``R_out`` is relevance per unit of; None when it is relevance itself. Gets a
+            gradient.
         backend: "auto", "reference" or "cuda".
 
     Returns:
@@ -76,13 +79,17 @@ def zb(
         tensor([[0.2500, 0.7500]])
     """
     channels = x.shape[1 if geometry.spatial else -1]
-    for name, bound in (("low", low), ("high", high)):
+    vectors = [(name, bound) for name, bound in (("low", low), ("high", high)) if bound.dim() == 1]
+    for name, bound in vectors:
         if bound.numel() not in (1, channels):
             raise ValueError(f"input_{name} has {bound.numel()} channels and the input has {channels}: give 1 or {channels}")
-    if not geometry.spatial and x.dim() != 2 and max(low.numel(), high.numel()) > 1:
+    if not geometry.spatial and x.dim() != 2 and any(bound.numel() > 1 for _, bound in vectors):
         raise ValueError("per-channel bounds need an input [N, C] for a dense first layer: give one number for both")
     dtype = _compute_dtype(R_out)
     cast = [t if t is None else t.detach().to(dtype) for t in (z, low, high)]
     R_out, x, W = R_out.to(dtype), x.to(dtype), W.to(dtype)
     shift = shift if shift is None else shift.to(dtype)
-    return _ZB.apply(R_out, x, cast[0], W, shift, cast[1], cast[2], float(eps), tuple(geometry), backend)
+    carrier = carrier if carrier is None else carrier.to(dtype)
+    if not torch.is_grad_enabled():
+        return kernel("zb", backend, R_out)(R_out, x, cast[0], W, shift, cast[1], cast[2], float(eps), geometry, carrier)[0]
+    return _ZB.apply(R_out, x, cast[0], W, shift, cast[1], cast[2], float(eps), tuple(geometry), carrier, backend)

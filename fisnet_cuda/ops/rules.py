@@ -47,7 +47,7 @@ def plus_products(a: Tensor, W: Tensor, geometry: Geometry, signed: bool) -> tup
     W_plus, W_minus = positive_part(W), negative_part(W)
     if not signed:
         return fprop(a, W_plus, None, geometry), fprop(a, W_minus, None, geometry)
-    up, down = a.clamp(min=0), (-a).clamp(min=0)
+    up, down = torch.relu(a), torch.relu(-a)
     P = fprop(up, W_plus, None, geometry) + fprop(down, W_minus, None, geometry)
     return P, fprop(up, W_minus, None, geometry) + fprop(down, W_plus, None, geometry)
 
@@ -63,8 +63,8 @@ def plus_product(a: Tensor, W: Tensor, geometry: Geometry, signed: bool) -> Tens
     """
     if not signed:
         return fprop(a, positive_part(W), None, geometry)
-    P = fprop(a.clamp(min=0), positive_part(W), None, geometry)
-    return P + fprop((-a).clamp(min=0), negative_part(W), None, geometry)
+    P = fprop(torch.relu(a), positive_part(W), None, geometry)
+    return P + fprop(torch.relu(-a), negative_part(W), None, geometry)
 
 
 def by_sign(a: Tensor, up: Tensor, down: Tensor) -> Tensor:

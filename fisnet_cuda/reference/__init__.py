@@ -31,7 +31,7 @@ Sources
 from .batch_norm import affine_scale_shift, bn_act
 from .first_layer import zb, zb_backward
 from .heatmap_loss import gwrp, gwrp_terms, heatmap_loss, resize_mask
-from .linear_maps import Geometry, conv_geometry, dgrad, fprop, linear_geometry, wgrad
+from .linear_maps import Geometry, conv_geometry, dgrad, fprop, linear_geometry, weight_dominates, wgrad
 from .phi import (
     dual_phi,
     dual_phi_backward,
@@ -70,6 +70,7 @@ __all__ = [
     "relative_epsilon",
     "resize_mask",
     "stabilise",
+    "weight_dominates",
     "wgrad",
     "zb",
     "zb_backward",

@@ -38,13 +38,19 @@ def bn_act(
 
 
 def affine_scale_shift(
-    weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, linear_bias: Tensor | None
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, linear_bias: Tensor | None,
+    constant_bias: bool = True,
 ) -> tuple[Tensor, Tensor]:  # ([C], [C])
     """``(scale, b~)`` of a folded BatchNorm: ``scale = gamma rstd``, ``b~ = (b - mean) scale + beta``.
 
-    gamma keeps its gradient; the statistics, ``b`` and ``beta`` are detached (semantics of the z+ and z^B rules).
+    gamma keeps its gradient; the statistics are detached, and with ``constant_bias`` ``b`` and ``beta`` too (semantics of the
+    z+ and z^B rules).
     """
     scale = rstd if weight is None else weight * rstd
-    centre = -mean if linear_bias is None else linear_bias.detach() - mean
+    centre = -mean if linear_bias is None else _bias(linear_bias, constant_bias) - mean
     shift = centre * scale
-    return scale, shift if bias is None else shift + bias.detach()
+    return scale, shift if bias is None else shift + _bias(bias, constant_bias)
+
+
+def _bias(b: Tensor, constant: bool) -> Tensor:
+    return b.detach() if constant else b

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from .linear_maps import Geometry, dgrad, fprop, wgrad
-from .phi import per_sample, ratio, ratio_backward, sum_over_maps
+from .phi import per_sample, ratio_backward, stabilise, sum_over_maps
 
 
 def _bound(bound: Tensor, like: Tensor) -> Tensor:
-    """A bound ``[C] or [1]`` shaped to be subtracted from ``like [N, C, ...]``, also with a K axis behind N."""
+    """A bound ``[C] or [1]`` shaped to be subtracted from ``like [N, C, ...]``, also with a K axis behind N; an image of
+    bounds ``[1, C, ...]`` is that already."""
+    if bound.dim() > 1:
+        return bound
     return bound.view(1, -1, *[1] * (like.dim() - 2))
 
 
@@ -59,17 +62,27 @@ def zb(
     high: Tensor,  # [C_in] or [1]
     eps: float,
     geometry: Geometry,
+    carrier: Tensor | None = None,  # [N, C_out, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:  # ([N*K, C_in, ...], [N*K, C_out, ...], [N, C_out, ...])
     """``R = (x - l) W+^T s + (x - h) W-^T s``, ``s = R_out / (z' + e sign z')``; returns ``(R, s, denominator)``.
 
     ``z' = z - (W+ l + b+ min l) - (W- h + b- max h)``, with ``W``, ``shift`` (= b) after folding BatchNorm, and ``z`` the
-    pre-activation ``W x + b``, needed only where ``R_out`` is not 0 (so the output of a ReLU will do).
+    pre-activation ``W x + b``, needed only where ``R_out`` is not 0 (so the output of a ReLU will do). With ``carrier``,
+    ``R_out`` is relevance per unit of it: the product is taken here.
     """
     box = _fprop_pair(_image(low, x), _image(high, x), W, geometry)
     if shift is not None:
         bound = shift.clamp(min=0) * low.min() + shift.clamp(max=0) * high.max()
         box = box + bound.view(-1, *[1] * (geometry.spatial))
-    s, den = ratio(R_out, z - box, eps)
+    den = z - box
+    den = den.add_(torch.copysign(den.new_full((), eps), den)) if eps > 0 else stabilise(den, eps)
+    if carrier is None:
+        R_k, den_k = per_sample(R_out, den)
+        s = R_k / den_k
+    else:
+        R_k, share = per_sample(R_out, carrier / den)
+        s = share.mul_(R_k) if share.shape == R_k.shape and share.dtype == R_k.dtype else share * R_k
+    s = s.flatten(0, 1) if s.dim() > den.dim() else s
     c_plus, c_minus = _dgrad_pair(s, W, geometry, tuple(x.shape[2:]))
     (c_plus_k, x_k), (c_minus_k, _) = per_sample(c_plus, x), per_sample(c_minus, x)
     R = torch.addcmul((x_k - _bound(low, x)) * c_plus_k, x_k - _bound(high, x), c_minus_k)
@@ -88,8 +101,13 @@ def zb_backward(
     geometry: Geometry,
     need_W: bool = True,
     need_x: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """``(R_out_bar, W_bar, shift_bar, x_bar)``, the adjoint of `zb`, with ``z`` differentiated as ``W x + b``."""
+    carrier: Tensor | None = None,  # [N, C_out, ...]
+    g: Tensor | None = None,  # [N*K, C_out, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """``(R_out_bar, W_bar, shift_bar, x_bar, carrier_bar)``, the adjoint of `zb`, ``z`` differentiated as ``W x + b``.
+
+    With a ``carrier``, ``g`` is what `zb` got as ``R_out`` and the first result is its gradient.
+    """
     R_bar_k, x_k = per_sample(R_bar, x)
     c_plus_bar, c_minus_bar = (x_k - _bound(low, x)) * R_bar_k, (x_k - _bound(high, x)) * R_bar_k
     if c_plus_bar.dim() > x.dim():
@@ -97,7 +115,12 @@ def zb_backward(
     s_bar = _fprop_pair(c_plus_bar, c_minus_bar, W, geometry)
     R_out_bar, z_bar = ratio_backward(s_bar, s, den)
 
-    W_bar = shift_bar = x_bar = None
+    W_bar = shift_bar = x_bar = carrier_bar = None
+    if carrier is not None:
+        u, carrier_k = per_sample(R_out_bar, carrier)
+        carrier_bar = sum_over_maps(per_sample(g, carrier)[0] * u, carrier)
+        R_out_bar = u * carrier_k
+        R_out_bar = R_out_bar.flatten(0, 1) if R_out_bar.dim() > carrier.dim() else R_out_bar
     if need_W:
         plus, minus = _wgrad_pair(c_plus_bar, c_minus_bar, s, W, geometry)
         # the constant images are the same for every sample, so their share needs the batch's sum only
@@ -112,4 +135,4 @@ def zb_backward(
         c_plus, c_minus = _dgrad_pair(s, W, geometry, tuple(x.shape[2:]))
         direct = sum_over_maps(per_sample(c_plus + c_minus, x)[0] * R_bar_k, x)
         x_bar = direct + dgrad(z_bar, W, geometry, tuple(x.shape[2:]))
-    return R_out_bar, W_bar, shift_bar, x_bar
+    return R_out_bar, W_bar, shift_bar, x_bar, carrier_bar

@@ -73,13 +73,39 @@ def dgrad(s: Tensor, W: Tensor, geometry: Geometry, in_size: tuple[int, ...]) ->
 
 
 def wgrad(x: Tensor, s: Tensor, W: Tensor, geometry: Geometry) -> Tensor:
-    """``d <s, W x> / d W``, shaped as ``W`` (whose values do not matter)."""
+    """``d <s, W x> / d W``, shaped and laid out as ``W`` (whose values do not matter)."""
     if geometry.spatial == 0:
         return s.flatten(0, -2).transpose(0, 1) @ x.flatten(0, -2)
+    if weight_dominates(x, W, geometry):
+        return _wgrad_by_windows(x, s, W, geometry)
     spatial, stride, padding, dilation, groups = geometry
     return torch.ops.aten.convolution_backward(
         s, x, W, None, stride, padding, dilation, False, [0] * spatial, groups, [False, True, False]
     )[1]
+
+
+def weight_dominates(x: Tensor, W: Tensor, geometry: Geometry) -> bool:
+    """Whether the weight is so much larger than the map ``x`` that its gradient is best written once, by one matrix product.
+
+    The last stages of a network at small batches: oneDNN writes the weight gradient in its own layout and converts it,
+    which costs several times the product itself. CPU, plain 2-d convolutions.
+    """
+    if geometry.spatial != 2 or geometry.groups != 1 or geometry.dilation != (1, 1) or x.device.type != "cpu":
+        return False
+    return W.numel() >= (2 if W.shape[2:] == (1, 1) else 20) * x.numel()
+
+
+def _wgrad_by_windows(x: Tensor, s: Tensor, W: Tensor, geometry: Geometry) -> Tensor:
+    """``sum over positions of s (x) window(x)``: one product, straight into the layout of ``W``."""
+    c_out, c_in, kh, kw = W.shape
+    (sh, sw), (ph, pw) = geometry.stride, geometry.padding
+    if ph or pw:
+        x = F.pad(x, (pw, pw, ph, ph))
+    windows = x.unfold(2, kh, sh).unfold(3, kw, sw)  # [N, C_in, out, out, kh, kw]
+    channels_inside = W.is_contiguous(memory_format=torch.channels_last)
+    order = (0, 2, 3, 4, 5, 1) if channels_inside else (0, 2, 3, 1, 4, 5)
+    product = s.movedim(1, -1).reshape(-1, c_out).t() @ windows.permute(order).reshape(-1, c_in * kh * kw)
+    return product.view(c_out, kh, kw, c_in).permute(0, 3, 1, 2) if channels_inside else product.view(W.shape)
 
 
 def _dgrad_few_channels(s: Tensor, W: Tensor, stride: int, padding: tuple[int, ...], in_size: tuple[int, ...]) -> Tensor:

@@ -145,7 +145,8 @@ def dual_phi(
     eps_plus: float,
 ) -> tuple[Tensor, Tensor]:  # ([N, C, ...], [N, C, ...])
     """Both rules of Dual at one ReLU: ``s = phi(a) g``, ``s+ = a g+ / (z+ + e)``."""
-    return phi_scale(g, a, eps)[1], a * g_plus / (z_plus + eps_plus)
+    den = stabilise(z_plus, eps_plus, nonneg=True)
+    return phi_scale(g, a, eps)[1], torch.div(a * g_plus, den, out=den)
 
 
 def dual_phi_backward(
@@ -160,9 +161,10 @@ def dual_phi_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # each [N, C, ...]
     """``(g_bar, g+_bar, a_bar, z+_bar)``: ``z+_bar = -s+ s+_bar/(z+ + e)``, ``a_bar`` = epsilon's ``+ s+ s+_bar/a``."""
     g_bar, a_bar, _ = phi_scale_backward(s_bar, s, a, eps)
-    u = s_plus_bar / (z_plus + eps_plus)
+    u = stabilise(z_plus, eps_plus, nonneg=True)
+    u = torch.div(s_plus_bar, u, out=u)
     g_plus_bar = a * u
-    z_plus_bar = -s_plus * u
+    z_plus_bar = u.mul_(s_plus).neg_()
     # s+/a = g+/(z+ + e) is finite at a = 0, but there the ReLU before cuts the gradient: 0 is as good
     plus = (s_plus / a.clamp_min(torch.finfo(a.dtype).tiny)).mul_(s_plus_bar)
     return g_bar, g_plus_bar, plus if a_bar is None else a_bar.add_(plus), z_plus_bar

@@ -47,16 +47,16 @@ def plus_affine_backward(
     """``(R_bar, P_bar, u_bar, k_bar, c_bar)``, the adjoint of `plus_affine`."""
     k_plus, k_minus = k.clamp(min=0), (-k).clamp(min=0)
     s_bar = plus_bar * channel_view(k_plus, s)
-    slope = channel_dot(plus_bar, s)  # by |k| where k > 0
+    by_plus, by_minus = channel_dot(plus_bar, s), 0.0
     if minus_bar is not None:
         s_bar = torch.addcmul(s_bar, minus_bar, channel_view(k_minus, s))
-        slope = torch.where(k < 0, channel_dot(minus_bar, s), slope)
+        by_minus = channel_dot(minus_bar, s)
     R_bar, z_bar = ratio_backward(s_bar, s, den)
     by_P = channel_dot(z_bar, P)
     if u is None:
         P_bar, u_bar = z_bar * channel_view(k_plus, P), None
-        k_bar = torch.where(k > 0, slope + by_P, 0.0)
+        k_bar = torch.where(k > 0, by_plus + by_P, 0.0)
     else:
         P_bar, u_bar = z_bar * channel_view(k.abs(), P), z_bar * channel_view(-k_minus, P)
-        k_bar = torch.where(k > 0, slope + by_P, torch.where(k < 0, channel_dot(z_bar, u) - by_P - slope, 0.0))
+        k_bar = torch.where(k > 0, by_plus + by_P, torch.where(k < 0, channel_dot(z_bar, u) - by_P - by_minus, 0.0))
     return R_bar, P_bar, u_bar, k_bar, z_bar.sum([0, *range(2, z_bar.dim())])

@@ -44,6 +44,8 @@ _KINDS = {
     "concat": concat,
     "reshape": reshape,
     "permute": reshape,
+    "copy": reshape,
+    "cast": reshape,
     "slice": slicing,
     "linear_map": linear_map,
     "mask": mask,
@@ -53,6 +55,13 @@ _KINDS = {
 def of(node: Node) -> ModuleType:
     """The module that implements the node's kind."""
     return _KINDS[node.kind]
+
+
+def moves(node: Node) -> bool:
+    """Whether the node only moves, copies or rescales values, so that bounds of its input are bounds of its value."""
+    if node.kind == "linear_map":
+        return linear_map.copies(node)
+    return hasattr(of(node), "bound") and node.attrs.get("fixed", True)
 
 
 def wants_R(stream, value: int) -> bool:
@@ -67,8 +76,8 @@ def wants_R(stream, value: int) -> bool:
         if value in b.merged_into:
             return wants_R(stream, b.merged_into[value])
         return isinstance(stream.rule(value), ZPlus)
-    if node.kind in ("add", "pool_max", "pool_avg", "linear_map"):
+    if node.kind == "activation":
+        return True
+    if node.kind in ("norm", "add", "pool_max", "pool_avg", "constant") or (node.kind == "linear_map" and not linear_map.copies(node)):
         return isinstance(stream.rule(value), ZPlus)
-    if node.kind in ("reshape", "permute", "mask", "concat"):
-        return any(wants_R(stream, source) for source in node.inputs)
-    return False
+    return any(wants_R(stream, source) for source in node.inputs)  # it passes on what it gets

@@ -6,6 +6,8 @@ Shared with the forward: for z+ the two summands.
 
 import operator
 
+import torch
+
 from ... import ops
 from ...rules import ZPlus
 from ..ir import Slot
@@ -28,13 +30,12 @@ def relevance(b, index, node, stream) -> None:
         return
     for plus, minus in stream.of_form(index, "S"):  # a BatchNorm folded into this sum: no denominator of its own
         for source in node.inputs:
-            stream.give(source, "S", (plus, None if b.nonneg[source] else minus))
+            pair = plus, None if b.nonneg[source] else minus
+            stream.give(source, "g", stream._g_of_pair(source, pair, node.name))
     own = [c for c in stream.contributions[index] if c[0] != "S"]
     if not own:
         return
-    alone = type(stream)(b, stream.spec)
-    alone.contributions[index] = own
-    R = alone.take_R(index, node.name)
+    R = stream.alone(index, own).take_R(index, node.name)
     x, y = node.inputs
     flags = (b.nonneg[x], b.nonneg[y])
     r = b.emit(node.name, rule, "add_z+", _plus_add, (R, Slot(x), Slot(y), flags, float(rule.eps)))
@@ -46,9 +47,9 @@ def relevance(b, index, node, stream) -> None:
 
 
 def _plus_add(R, x, y, nonneg, eps):
-    x, y = (v if sure else v.clamp(min=0) for v, sure in zip((x, y), nonneg))
+    x, y = (v if sure else torch.relu(v) for v, sure in zip((x, y), nonneg))
     return ops.stabilised_ratio(R, x + y, eps, True)
 
 
 def _times_positive(v, r):
-    return ops.times(v.clamp(min=0), r)
+    return ops.times(torch.relu(v), r)

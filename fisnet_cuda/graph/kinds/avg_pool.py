@@ -3,6 +3,8 @@
 Shared with the forward: for z+ the pool's output.
 """
 
+import torch
+
 from ... import ops
 from ...ops.rules import by_sign
 from ...rules import ZPlus
@@ -32,10 +34,9 @@ def relevance(b, index, node, stream) -> None:
     if not isinstance(rule, ZPlus):
         stream.give(source, "g", transposed(stream.take_g(index, node.name)))
         return
-    if stream.of_form(index, "g") or stream.of_form(index, "R"):
-        alone = type(stream)(b, stream.spec)
-        alone.contributions[index] = [c for c in stream.contributions[index] if c[0] != "S"]
-        R = alone.take_R(index, node.name)
+    own = [c for c in stream.contributions[index] if c[0] != "S"]
+    if own:
+        R = stream.alone(index, own).take_R(index, node.name)
         operands = (R, Slot(source), Slot(index), b.nonneg[source], *_settings(node), float(rule.eps))
         s = b.emit(node.name, rule, "ratio", _plus_ratio, operands)
         g = transposed(s)
@@ -51,7 +52,7 @@ def relevance(b, index, node, stream) -> None:
 
 
 def _plus_ratio(R, v, pooled, nonneg, spatial, adaptive, settings, eps):
-    up = pooled if nonneg else ops.avg_pool(v.clamp(min=0), spatial, adaptive, settings)
+    up = pooled if nonneg else ops.avg_pool(torch.relu(v), spatial, adaptive, settings)
     return ops.stabilised_ratio(R, up, eps, True)
 
 

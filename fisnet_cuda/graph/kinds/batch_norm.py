@@ -22,12 +22,14 @@ def forward(b, index, node) -> None:
         Slot(node.inputs[0]), attrs["weight"], attrs["bias"], attrs["running_mean"], attrs["running_var"], attrs["counter"],
         attrs["training"], attrs["momentum"], float(attrs["eps"]),
     )  # fmt: skip
-    mean, rstd = b.emit_forward(index, "bn", ops.tracked_bn_act, operands, extra=2, kernel="bn_act", backend=b.backend)
+    fn = ops.tracked_bn_act if attrs["tracks"] else _untracked_bn_act
+    mean, rstd = b.emit_forward(index, "bn", fn, operands, extra=2, kernel="bn_act", backend=b.backend)
     b.shared[("statistics", index)] = Slot(mean), Slot(rstd)
 
 
 def relevance(b, index, node, stream) -> None:
     source = node.inputs[0]
+    stream.settle(index, node.name)
     if index in b.merged_into:
         stream.contributions[source] = list(stream.contributions[index])
         return
@@ -56,13 +58,20 @@ def scale_of(b, index) -> Slot:
     return b.once(("scale", index), lambda: b.emit(node.name, None, "bn_scale", _scale, (node.attrs["weight"], rstd)))
 
 
-def scale_shift_of(b, index, bias) -> tuple[Slot, Slot]:
-    """``(scale, b~)`` of BatchNorm ``index`` folded into a map with ``bias``."""
+def scale_shift_of(b, index, bias, constant_bias=True) -> tuple[Slot, Slot]:
+    """``(scale, b~)`` of BatchNorm ``index`` folded into a map with ``bias``; biases and beta are constants or not."""
     node = b.graph.nodes[index]
-    operands = (node.attrs["weight"], node.attrs["bias"], *b.statistics(index), bias)
+    operands = (node.attrs["weight"], node.attrs["bias"], *b.statistics(index), bias, constant_bias)
     return b.once(
-        ("scale_shift", index), lambda: b.emit(node.name, None, "bn_fold", ops.affine_scale_shift, operands, outs=2)
+        ("scale_shift", index, constant_bias), lambda: b.emit(node.name, None, "bn_fold", ops.affine_scale_shift, operands, outs=2)
     )
+
+
+def _untracked_bn_act(x, weight, bias, mean, var, counter, training, *rest, **options):
+    """``track_running_stats=False`` set after the layer was made: train mode leaves the running statistics alone."""
+    if training:
+        mean = var = counter = None
+    return ops.tracked_bn_act(x, weight, bias, mean, var, counter, training, *rest, **options)
 
 
 def _scale(weight, rstd):

@@ -11,7 +11,7 @@ def nonneg(b, node) -> bool:
 
 def forward(b, index, node) -> None:
     parts = tuple(Slot(source) for source in node.inputs)
-    b.emit_forward(index, "concat", torch.cat, (parts, node.attrs["dim"]))
+    b.emit_forward(index, "concat", _concat, (parts, node.attrs["dim"]))
 
 
 def relevance(b, index, node, stream) -> None:
@@ -19,8 +19,7 @@ def relevance(b, index, node, stream) -> None:
     shapes = tuple(b.shape(source) for source in node.inputs)
 
     def cut(slot):
-        parts = b.emit(node.name, None, "slices", _slices, (slot, dim, shapes), outs=len(shapes))
-        return parts if isinstance(parts, tuple) else (parts,)
+        return b.emit(node.name, None, "slices", _slices, (slot, dim, shapes), outs=len(shapes))
 
     for form in ("g", "R"):
         slots = stream.of_form(index, form)
@@ -35,6 +34,18 @@ def relevance(b, index, node, stream) -> None:
         for source, p, m in zip(node.inputs, plus, minus):
             # a value that is never negative has no negative sum to receive the second half
             stream.give(source, "S", (p, None if b.nonneg[source] else m))
+
+
+def bound(b, index, node, low, high) -> tuple:
+    """The input's bounds for z^B, one after the other as the parts are."""
+    return tuple(b.emit(node.name, None, "bounds", torch.cat, (parts, node.attrs["dim"])) for parts in (low, high))
+
+
+def _concat(parts, dim):
+    y = torch.cat(parts, dim)
+    if y.shape[0] != parts[0].shape[0]:
+        raise ValueError(f"cat along axis {dim} of {tuple(parts[0].shape)} mixes the samples: axis 0 must stay the batch")
+    return y
 
 
 def _slices(r, dim, shapes):

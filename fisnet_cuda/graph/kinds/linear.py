@@ -19,7 +19,8 @@ def nonneg(b, node) -> bool:
 def forward(b, index, node) -> None:
     attrs = node.attrs
     operands = (Slot(node.inputs[0]), attrs["weight"], attrs["bias"], attrs["geometry"])
-    b.emit_forward(index, node.kind, ops.fprop, operands)
+    dense_bn = node.kind == "linear" and index in b.merged
+    b.emit_forward(index, node.kind, _fprop_2d if dense_bn else ops.fprop, operands)
 
 
 def relevance(b, index, node, stream) -> None:
@@ -43,12 +44,12 @@ def _epsilon(b, index, node, stream, rule) -> None:
     stream.give(node.inputs[0], "g", s)
 
 
-def _folded(b, index, node) -> tuple:
+def _folded(b, index, node, constant_bias=True) -> tuple:
     """``(W~, b~)`` as operands: BatchNorm folded in, or the layer's own."""
     out = b.output_of(index)
     if out == index:
-        return node.attrs["weight"], _detached_bias(b, index, node)
-    scale, shift = scale_shift_of(b, out, node.attrs["bias"])
+        return node.attrs["weight"], _detached_bias(b, index, node) if constant_bias else node.attrs["bias"]
+    scale, shift = scale_shift_of(b, out, node.attrs["bias"], constant_bias)
     W = b.once(("folded", index), lambda: b.emit(node.name, None, "fold", _fold, (node.attrs["weight"], scale)))
     return W, shift
 
@@ -64,10 +65,13 @@ def _zb(b, index, node, stream, rule) -> None:
     out = b.output_of(index)
     R = stream.take_R(out, node.name)
     W, shift = _folded(b, index, node)
-    # the pre-activation matters only where R is not 0: behind a ReLU its output is as good, and need not be kept twice
+    # the pre-activation matters only where R is not 0: behind a ReLU its output is as good, and need not be kept twice;
+    # unless R came as such, from a rule that gives relevance to dead units too (w^2, flat)
     users = b.users[out]
-    z = users[0] if len(users) == 1 and b.graph.nodes[users[0]].kind == "relu" else out
-    operands = (R, Slot(node.inputs[0]), Slot(z), W, shift, rule.low, rule.high, float(rule.eps), node.attrs["geometry"])
+    behind_relu = len(users) == 1 and b.graph.nodes[users[0]].kind == "relu" and not stream.of_form(users[0], "R")
+    z = users[0] if behind_relu else out
+    low, high = b.bounds(node.inputs[0], rule.low, rule.high)
+    operands = (R, Slot(node.inputs[0]), Slot(z), W, shift, low, high, float(rule.eps), node.attrs["geometry"])
     heatmap = b.emit(node.name, rule, "zb", _zb_with_bounds, operands, kernel="zb", backend=b.backend)
     stream.give(node.inputs[0], "R", heatmap)
 
@@ -89,7 +93,7 @@ def _zplus(b, index, node, stream, rule) -> None:
         shift = _detached_bias(b, index, node)
     W = b.emit(node.name, rule, "W+", _signed_positive, (attrs["weight"], scale))
     P = b.emit(node.name, rule, f"{node.kind}+", ops.fprop, (Slot(source), W, None, geometry))
-    if geometry.spatial:
+    if geometry.spatial or scale is not None:
         z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_denominator, (P, scale, shift))
     else:
         z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_linear_denominator, (P, shift))
@@ -110,18 +114,13 @@ def _zplus_two_sided(b, index, node, stream, rule, pairs) -> None:
         P = b.emit(node.name, rule, f"{node.kind}+", rule_ops.plus_product, (Slot(source), W, geometry, signed))
     else:
         W = node.attrs["weight"]
-        P, _, shift = stream.sums(index)
+        P, shift = stream.sums(index)[0], _detached_bias(b, index, node)
     plus = [p for p, _ in pairs]
     minus = [m for _, m in pairs if m is not None]
     own = [c for c in stream.contributions[out] if c[0] in ("g", "R")]
     if own or stream.of_form(index, "all"):
         z_plus = b.emit(node.name, rule, "z+", _with_bias, (P, shift, geometry))
-        if own:
-            alone = type(stream)(b, stream.spec)
-            alone.contributions[out] = own
-            R = alone.take_R(out, node.name)
-        else:
-            R = z_plus
+        R = stream.alone(out, own).take_R(out, node.name) if own else z_plus
         plus.append(b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, float(rule.eps), True)))
     s_minus = stream.sum(minus, node.name) if minus else None
     operands = (stream.sum(plus, node.name), s_minus, Slot(source), W, geometry, _in_size(b, node), signed)
@@ -132,7 +131,8 @@ def _zplus_two_sided(b, index, node, stream, rule, pairs) -> None:
 def _general(b, index, node, stream, rule) -> None:
     out, source = b.output_of(index), node.inputs[0]
     R = stream.take_R(out, node.name)
-    W, bias = _folded(b, index, node)
+    # gamma divides by the forward's own z, as epsilon does (and is epsilon at gamma = 0), so biases get their gradient
+    W, bias = _folded(b, index, node, constant_bias=not isinstance(rule, Gamma))
     geometry, size, signed = node.attrs["geometry"], _in_size(b, node), not b.nonneg[source]
     if isinstance(rule, (WSquare, Flat)):
         operands = (R, Slot(source), W, geometry, size, isinstance(rule, Flat), float(rule.eps))
@@ -147,6 +147,15 @@ def _general(b, index, node, stream, rule) -> None:
     stream.give(source, "g", g)
 
 
+def _fprop_2d(x, W, bias, geometry):
+    if x.dim() != 2:
+        raise ValueError(
+            f"BatchNorm1d with {W.shape[0]} features behind a Linear with as many outputs is one layer for inputs [N, C] alone, "
+            f"got {tuple(x.shape)}: put a torch.nn.Identity between them"
+        )
+    return ops.fprop(x, W, bias, geometry)
+
+
 def _fold(W, scale):
     return W * scale.view(-1, *[1] * (W.dim() - 1))
 
@@ -156,14 +165,16 @@ def _signed_positive(W, scale):
 
 
 def _with_bias(P, shift, geometry):
-    return P if shift is None else P + rule_ops.channel_bias(shift.detach().clamp(min=0), geometry)
+    return P if shift is None else P + rule_ops.channel_bias(shift.clamp(min=0), geometry)
 
 
-def _zb_with_bounds(R, x, z, W, shift, low, high, eps, geometry, backend="auto"):
-    return ops.zb(R, x, z, W, shift, _bound(low, x), _bound(high, x), eps, geometry, backend=backend)
+def _zb_with_bounds(R, x, z, W, shift, low, high, eps, geometry, carrier=None, backend="auto"):
+    return ops.zb(R, x, z, W, shift, _bound(low, x), _bound(high, x), eps, geometry, carrier, backend=backend)
 
 
 def _bound(bound, x):
     """A bound as a tensor beside ``x``, filled on its device (no copy from the host, so CUDA graphs can record it)."""
+    if isinstance(bound, torch.Tensor):
+        return bound
     values = bound if isinstance(bound, tuple) else (bound,)
     return torch.cat([x.new_full((1,), float(v)) for v in values])

@@ -3,6 +3,8 @@
 Shared with the forward: the winners' positions.
 """
 
+import torch
+
 from ... import ops
 from ...rules import ZPlus
 from ..ir import Slot
@@ -22,10 +24,9 @@ def forward(b, index, node) -> None:
 def relevance(b, index, node, stream) -> None:
     source = node.inputs[0]
     rule = stream.rule(index)
-    if isinstance(rule, ZPlus) and (stream.of_form(index, "g") or stream.of_form(index, "R")):
-        alone = type(stream)(b, stream.spec)
-        alone.contributions[index] = [c for c in stream.contributions[index] if c[0] != "S"]
-        R = alone.take_R(index, node.name)
+    own = [c for c in stream.contributions[index] if c[0] != "S"]
+    if isinstance(rule, ZPlus) and own:
+        R = stream.alone(index, own).take_R(index, node.name)
         g = [b.emit(node.name, rule, "ratio", _plus_ratio, (R, Slot(index), b.nonneg[index], float(rule.eps)))]
         # a BatchNorm folded into this pool has its own denominator already
         g += [stream._g_of_pair(index, pair, node.name) for pair in stream.of_form(index, "S")]
@@ -39,5 +40,5 @@ def relevance(b, index, node, stream) -> None:
 
 
 def _plus_ratio(R, v, nonneg, eps):
-    s = ops.stabilised_ratio(R, v if nonneg else v.clamp(min=0), eps, True)
+    s = ops.stabilised_ratio(R, v if nonneg else torch.relu(v), eps, True)
     return s if nonneg else ops.times((v >= 0).to(s.dtype), s)

@@ -1,4 +1,4 @@
-"""Reshapes, flattens and permutations: relevance is put back in place, in whatever form it comes."""
+"""Reshapes, permutations, copies and casts: relevance is put back in place, in whatever form it comes."""
 
 import torch
 
@@ -10,13 +10,8 @@ def nonneg(b, node) -> bool:
 
 
 def forward(b, index, node) -> None:
-    x = Slot(node.inputs[0])
-    if node.kind == "permute":
-        fn = torch.transpose if node.attrs.get("swap") else torch.permute
-        dims = node.attrs["dims"]
-        b.emit_forward(index, "permute", fn, (x, *dims) if node.attrs.get("swap") else (x, dims))
-    else:
-        b.emit_forward(index, "reshape", _reshape, (x, node.attrs["fn"], node.attrs["settings"]))
+    fn, operands = _call(node)
+    b.emit_forward(index, node.kind, fn, (Slot(node.inputs[0]), *operands))
 
 
 def relevance(b, index, node, stream) -> None:
@@ -25,12 +20,48 @@ def relevance(b, index, node, stream) -> None:
         stream.give(source, form, tuple(_back(b, node, s) for s in slot) if form == "S" else _back(b, node, slot))
 
 
+def sums(stream, index, node) -> tuple:
+    """The two sums of z+ and the bias, moved as the value is."""
+    fn, operands = _call(node)
+    if node.kind == "reshape":  # by its result's shape: the bias is of one sample
+        fn, operands = _reshape_sample, (stream.b.shape(index),)
+    parts = stream.sums(node.inputs[0])
+    return tuple(None if s is None else stream.b.emit(node.name, None, node.kind, fn, (s, *operands)) for s in parts)
+
+
+def bound(b, index, node, low, high) -> tuple:
+    """The input's bounds for z^B, moved as the value is."""
+    fn, operands = _call(node)
+    if node.kind == "reshape":
+        fn, operands = _reshape_sample, (b.shape(index),)
+    return tuple(b.emit(node.name, None, node.kind, fn, (s, *operands)) for s in (low, high))
+
+
+def _call(node) -> tuple:
+    attrs = node.attrs
+    if node.kind == "copy":
+        return _same, ()
+    if node.kind == "cast":
+        return _cast, (attrs["dtype"],)
+    if node.kind == "permute":
+        return (torch.transpose, attrs["dims"]) if attrs.get("swap") else (torch.permute, (attrs["dims"],))
+    return _reshape, (attrs["fn"], attrs["settings"])
+
+
 def _back(b, node, slot):
-    if slot is None:
-        return None
+    if slot is None or node.kind in ("copy", "cast"):
+        return slot
     if node.kind == "permute":
         return b.emit(node.name, None, "permute", _unpermute, (slot, node.attrs["dims"], bool(node.attrs.get("swap"))))
-    return b.emit(node.name, None, "reshape", _unreshape, (slot, b.shape(node.inputs[0])))
+    return b.emit(node.name, None, "reshape", _reshape_sample, (slot, b.shape(node.inputs[0])))
+
+
+def _same(x):
+    return x  # the program overwrites no value that anyone still reads
+
+
+def _cast(x, dtype):
+    return x.to(dtype)
 
 
 def _reshape(x, fn, settings):
@@ -40,7 +71,7 @@ def _reshape(x, fn, settings):
     return y
 
 
-def _unreshape(r, shape):
+def _reshape_sample(r, shape):
     return r.reshape(r.shape[0], *shape)
 
 

@@ -28,10 +28,18 @@ def relevance(b, index, node, stream) -> None:
             stream.give(source, form, b.emit(node.name, None, "slice^T", _unslice, operands))
 
 
+def bound(b, index, node, low, high) -> tuple:
+    """The same slice of the input's bounds for z^B."""
+    return tuple(b.emit(node.name, None, "bounds", _slice, (v, *_bounds(node))) for v in (low, high))
+
+
 def _slice(x, dim, start, stop, chunk):
     if chunk is not None:
         start, stop = chunk_bounds(x.shape[dim], *chunk)
-    return ops.slice_op(x, dim, start, stop)
+    y = ops.slice_op(x, dim, start, stop)
+    if y.shape[0] != x.shape[0]:
+        raise ValueError(f"a slice of axis {dim} of {tuple(x.shape)} picks samples: axis 0 must stay the batch")
+    return y
 
 
 def _unslice(g, dim, start, stop, chunk, in_shape):
