@@ -70,9 +70,9 @@ class Setup:
         images = images.to(self.device).contiguous(memory_format=self.memory_format)
         return images, labels.to(self.device), masks.to(self.device)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, for a row of results."""
-        return asdict(self)
+    def as_row(self) -> dict[str, Any]:
+        """The fields for a row of results, which has a name of the device of its own."""
+        return {key: value for key, value in asdict(self).items() if key != "device"}
 
 
 def explainer(case: str, model: nn.Module, **options: Any) -> nn.Module:

@@ -42,9 +42,7 @@ def run(options: argparse.Namespace) -> Report:
         common.environment(options.device), COLUMNS,
     )  # fmt: skip
     for model in options.models:
-        setups = {
-            count: common.setup_of(options, model=model, classes=count) for count in sorted(options.classes)
-        }
+        setups = {count: common.setup_of(options, model=model, classes=count) for count in sorted(options.classes)}
         first = setups[min(setups)]
         wrong = verify.training_cases(first, (*CONSTANT, ORIGINAL))
         for case, reason in wrong.items():
@@ -65,9 +63,7 @@ def _key(case: str, classes: int) -> str:
     return f"{case}, {classes} classes"
 
 
-def _measure(
-    options: argparse.Namespace, cases: Sequence[str], setups: dict[int, Setup], rounds: int
-) -> Times:
+def _measure(options: argparse.Namespace, cases: Sequence[str], setups: dict[int, Setup], rounds: int) -> Times:
     """All cases at all numbers of classes in turn, so that their differences are free of drift."""
     steps = {_key(case, c): TrainingStep(case, setup) for c, setup in setups.items() for case in cases}
     label = f"classes, {setups[min(setups)].model}"
@@ -102,7 +98,7 @@ def _rows(report: Report, times: Times, cases: Sequence[str], setups: dict[int, 
         for classes, setup in setups.items():
             key = _key(case, classes)
             report.add(
-                **setup.as_dict(), case=case, ms=times.spread(key),
+                **setup.as_row(), case=case, ms=times.spread(key),
                 over_plain=times.ratio(key, _key(PLAIN, classes)),
                 growth_ms=Spread.of(_differences(times, case, first, classes)), all_ms=times.ms[key],
             )  # fmt: skip

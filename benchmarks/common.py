@@ -145,9 +145,7 @@ class Times:
         return Spread.of([t / b for t, b in zip(self.ms[name], self.ms[base])])
 
 
-def interleave(
-    steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int, device: str, label: str
-) -> Times:
+def interleave(steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int, device: str, label: str) -> Times:
     """Time competitors in turn, A B C A B C ..., so that whatever else the machine does hits them alike.
 
     Args:

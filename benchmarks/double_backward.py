@@ -51,9 +51,7 @@ class RelevanceReLU(nn.Module):
 class _BatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, training, momentum, eps, switch):
-        y, mean, rstd = torch.native_batch_norm(
-            x, weight, bias, running_mean, running_var, training, momentum, eps
-        )
+        y, mean, rstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
         if not training:
             mean, rstd = running_mean, (running_var + eps).rsqrt()
         ctx.save_for_backward(x, weight, running_mean, running_var, mean, rstd)
@@ -115,9 +113,7 @@ class DoubleBackward(nn.Module):
         first_layer: "zb" for inputs in [0, 1], or "epsilon".
     """
 
-    def __init__(
-        self, model: nn.Module, eps: float = 1e-2, eta_eps: float = 1e-2, first_layer: str = "zb"
-    ) -> None:
+    def __init__(self, model: nn.Module, eps: float = 1e-2, eta_eps: float = 1e-2, first_layer: str = "zb") -> None:
         super().__init__()
         self.eps, self.eta_eps, self.first_layer = eps, eta_eps, first_layer
         self.switch = Switch()
@@ -169,9 +165,7 @@ class DoubleBackward(nn.Module):
         s = R / torch.where(z < 0, z - self.eps, z + self.eps)
         rest = [
             size - ((out - 1) * stride - 2 * padding + kernel)
-            for size, out, stride, padding, kernel in zip(
-                x.shape[2:], s.shape[2:], conv.stride, conv.padding, conv.kernel_size
-            )
+            for size, out, stride, padding, kernel in zip(x.shape[2:], s.shape[2:], conv.stride, conv.padding, conv.kernel_size)
         ]
         up = F.conv_transpose2d(s, W_plus, **geometry, output_padding=rest)
         down = F.conv_transpose2d(s, W_minus, **geometry, output_padding=rest)

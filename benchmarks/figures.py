@@ -57,17 +57,17 @@ class Item:
         label: at its left.
         value: what was measured.
         colour: of the bar.
+        text: at its right.
         target: a line that the bar should not reach beyond.
         bound: a line that arithmetic does not let it go below.
-        text: at its right.
     """
 
     label: str
     value: Spread
     colour: str
+    text: str
     target: float | None = None
     bound: float | None = None
-    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,14 @@ def _panel(ax: Axes, panel: Panel, xlabel: str, log: bool) -> None:
     for y, item in zip(places, panel.items):
         v = item.value
         ax.barh(y, v.p50, 0.64, color=item.colour)
-        ax.errorbar(
-            v.p50, y, xerr=[[v.p50 - v.p20], [v.p80 - v.p50]], color="black", lw=1.2, capsize=3, zorder=3
-        )
+        ax.errorbar(v.p50, y, xerr=[[v.p50 - v.p20], [v.p80 - v.p50]], color="black", lw=1.2, capsize=3, zorder=3)
         for at, style in ((item.bound, {"lw": 1.4, "ls": ":"}), (item.target, {"lw": 2.2})):
             if at:
                 ax.plot([at, at], [y - 0.42, y + 0.42], color="black", zorder=4, **style)
-        right = max(v.p80, item.target or 0)
-        text = item.text or f"{v.p50:.2f}"
-        ax.annotate(text, (right, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
+        # the text stands at the end of the bar, or behind the target where that would run through it
+        behind = item.target and v.p80 < item.target < v.p80 + 0.4 * largest
+        end = item.target if behind else v.p80
+        ax.annotate(item.text, (end, y), (6, 0), textcoords="offset points", va="center", fontsize=9)
     ax.set_yticks(places, [item.label for item in panel.items], fontsize=9)
     ax.set_ylim(len(panel.items) - 0.4, -0.6)
     if log:
@@ -165,9 +164,7 @@ def growth(path: Path, title: str, subtitle: str, panels: Mapping[str, Sequence[
         panels: title of a panel -> its lines.
         ylabel: quantity and unit.
     """
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.6 + 5.6 * len(panels), 5.4), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 + 5.6 * len(panels), 5.4), squeeze=False, layout="constrained")
     for ax, (name, lines) in zip(axes[0], panels.items()):
         counts = sorted({c for line in lines for c in line.classes})
         for line in lines:

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> Report:
             times = common.interleave(steps, options.rounds, options.warmup, options.device, label)
         for case in steps:
             report.add(
-                **setup.as_dict(), case=case, ms=times.spread(case), over_forward=times.ratio(case, FORWARD),
+                **setup.as_row(), case=case, ms=times.spread(case), over_forward=times.ratio(case, FORWARD),
                 all_ms=times.ms[case],
             )  # fmt: skip
         for case in OURS:
@@ -146,9 +146,7 @@ def _zennit(model: nn.Module, x: Tensor, labels: Tensor, stack: ExitStack) -> Ex
 
     rules = [(Activation, Pass()), (AvgPool, Norm()), (Convolution, Epsilon(1e-2)), (Linear, Epsilon(1e-2))]
     # hooks and merged BatchNorms stay on for the whole measurement: their set-up is not part of the time
-    modified = stack.enter_context(
-        LayerMapComposite(rules, canonizers=[SequentialMergeBatchNorm()]).context(model)
-    )
+    modified = stack.enter_context(LayerMapComposite(rules, canonizers=[SequentialMergeBatchNorm()]).context(model))
 
     def explain() -> Tensor:
         inputs = x.detach().requires_grad_()

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 if not __package__:  # run as a file: the package is one folder up
@@ -37,9 +38,7 @@ COLUMNS = {
 }
 
 
-def measure(
-    cases: Sequence[tuple[str, Setup]], repeats: int, steps: int, threads: int | None
-) -> list[list[float]]:
+def measure(cases: Sequence[tuple[str, Setup]], repeats: int, steps: int, threads: int | None) -> list[list[float]]:
     """Peaks in MiB of each case, one for each repeat; a fresh process for every one.
 
     Args:
@@ -52,7 +51,7 @@ def measure(
     progress, done = Progress("peak memory", repeats * len(cases)), 0
     for _ in range(repeats):
         for (case, setup), found in zip(cases, peaks):
-            request = {"case": case, "steps": steps, "threads": threads, "setup": setup.as_dict()}
+            request = {"case": case, "steps": steps, "threads": threads, "setup": asdict(setup)}
             command = [sys.executable, "-m", "benchmarks.peak", json.dumps(request)]
             run = subprocess.run(command, cwd=common.ROOT, stdout=subprocess.PIPE, text=True, check=True)
             found.append(json.loads(run.stdout.splitlines()[-1])["peak_mib"])
@@ -74,7 +73,7 @@ def run(options: argparse.Namespace) -> Report:
         for (case, _), peak in zip(cases, peaks):
             ratio = Spread.of([p / plain for p, plain in zip(peak, peaks[0])])
             report.add(
-                **setup.as_dict(), case=case, peak_mib=Spread.of(peak), over_plain=ratio, all_mib=peak,
+                **setup.as_row(), case=case, peak_mib=Spread.of(peak), over_plain=ratio, all_mib=peak,
                 steps=options.steps,
             )  # fmt: skip
             limit = LIMITS.get((model, case))

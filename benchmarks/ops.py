@@ -40,9 +40,7 @@ COLUMNS = {
 
 def run(options: argparse.Namespace) -> Report:
     """Run the tests and read what pytest-benchmark wrote."""
-    report = Report(
-        "ops", "Time of single ops", common.settings_of(options), common.environment(options.device), COLUMNS
-    )
+    report = Report("ops", "Time of single ops", common.settings_of(options), common.environment(options.device), COLUMNS)
     variables = {**os.environ, "FISNET_BENCH_DEVICE": options.device}
     if options.threads:
         variables["OMP_NUM_THREADS"] = str(options.threads)

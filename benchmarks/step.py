@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> Report:
                 row["over_compiled_plain"] = times.ratio(case, PLAIN + COMPILED)
             if case in peaks:
                 row["peak_mib"], row["peak_over_plain"] = peaks[case]
-            report.add(**setup.as_dict(), case=case, **row)
+            report.add(**setup.as_row(), case=case, **row)
         for case in options.cases:
             if (model, case) in TARGETS:
                 ratio = times.ratio(case, PLAIN) if case in steps else None
@@ -84,14 +84,13 @@ def _peaks(options: argparse.Namespace, setup: Setup, cases: Sequence[str]) -> d
     """case -> peak memory in MiB and over plain: from a result of memory.py with these settings, or measured."""
     if options.peaks:
         rows = json.loads(options.peaks.read_text())["rows"]
-        same = [row for row in rows if all(row[key] == value for key, value in setup.as_dict().items())]
+        same = [row for row in rows if all(row[key] == value for key, value in setup.as_row().items())]
         return {row["case"]: (Spread(**row["peak_mib"]), Spread(**row["over_plain"])) for row in same}
     if not options.repeats:
         return {}
     found = memory.measure([(case, setup) for case in cases], options.repeats, 4, options.threads)
     return {
-        case: (Spread.of(peak), Spread.of([p / plain for p, plain in zip(peak, found[0])]))
-        for case, peak in zip(cases, found)
+        case: (Spread.of(peak), Spread.of([p / plain for p, plain in zip(peak, found[0])])) for case, peak in zip(cases, found)
     }
 
 

@@ -44,9 +44,7 @@ def training_cases(setup: Setup, cases: Iterable[str]) -> dict[str, str]:
             target = out.explained[:, 0] if case == "stochastic" else None
             same = _seeded(lambda target=target: baseline(x, relevance=True, target=target))
             problems += _differs("heatmaps", out.heatmaps, same.heatmaps, MAPS)
-            mine, theirs = (
-                _gradients(module, o, labels, masks) for module, o in ((net, out), (baseline, same))
-            )
+            mine, theirs = (_gradients(module, o, labels, masks) for module, o in ((net, out), (baseline, same)))
             problems += _differs("gradients", mine, theirs, GRADIENTS)
         else:
             maps = out.heatmaps if case == "original" else out.heatmaps[:, 1:]

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"The demo needs {' and '.join(missing)}: pip install fisnet_cuda[demo]", file=sys.stderr)
         return 1
     with _one_thread():
-        _run(args.out, args.quick, args.seed, args.absolute_epsilon)
+        _run(args.out, args.quick, args.seed, args.papers_epsilon)
     return 0
 
 
@@ -47,7 +47,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="draws weights, images and split [%(default)s]")
     parser.add_argument(
-        "--absolute-epsilon",
+        "--papers-epsilon",
         action="store_true",
         help="train a fourth net, Selective with the papers' epsilon, to see where a shortcut can hide",
     )
@@ -67,7 +67,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _run(out: Path, quick: bool, seed: int, absolute_epsilon: bool) -> None:
+def _run(out: Path, quick: bool, seed: int, papers_epsilon: bool) -> None:
     # Imported late, so that a missing extra gives one clear line instead of a traceback.
     import matplotlib
 
@@ -86,8 +86,8 @@ def _run(out: Path, quick: bool, seed: int, absolute_epsilon: bool) -> None:
         ("Stochastic ISNet", "stochastic", train.EPSILON),
         ("Selective ISNet", "selective", train.EPSILON),
     ]
-    if absolute_epsilon:
-        plan.append(("Selective, abs. eps", "selective", train.PAPERS_EPSILON))
+    if papers_epsilon:
+        plan.append(("Selective, papers", "selective", train.PAPERS_EPSILON))
     nets = [
         train.train(name, variant, recipe, train_originals, tests, seed, epsilon)
         for name, variant, epsilon in plan

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from .ir import Instr, Slot, slots_in
+from .kinds.add import check_shapes
 
 
 @dataclass
@@ -188,4 +189,5 @@ def _fprop_relu(x: Tensor, W: Tensor, bias: Tensor | None, geometry: ops.Geometr
 
 
 def _add_relu(x: Tensor, y: Tensor) -> Tensor:
+    check_shapes(x, y)
     return torch.relu_(x + y)

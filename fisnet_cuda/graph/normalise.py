@@ -20,7 +20,7 @@ from ..reference import conv_geometry, linear_geometry
 from .capture import Captured
 from .ir import Graph, Mode, Node, Param, Ref
 from .modules import leaf_type
-from .reading import Host, Parts, Reader, Unread, is_activation
+from .reading import Host, Method, Parts, Reader, Unread, is_activation
 
 _PAD_MODES = ("constant", "reflect", "replicate")
 _INTERPOLATE_MODES = ("nearest", "linear", "bilinear", "bicubic", "trilinear")
@@ -366,7 +366,7 @@ class _Normaliser(Reader):
         return self.norm(x, "group", weight, bias, (num_groups, eps))
 
     def op_layer_norm(self, x, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
-        return self.norm(x, "layer", weight, bias, (tuple(normalized_shape), eps))
+        return self.norm(x, "layer", weight, bias, (_sequence((normalized_shape,)), eps))
 
     def op_relu(self, x, inplace=False):
         return self.add("relu", (x,))
@@ -432,9 +432,7 @@ class _Normaliser(Reader):
     def constant(self, x: Ref, fn: Callable, constant: Any, scales: bool) -> Ref:
         """``x + c``, ``x - c`` (a bias), ``x * c``, ``x / c`` (a scale)."""
         self.check_constants(constant)
-        learns = isinstance(constant, Param) and isinstance(self.look_up(constant.path), nn.Parameter)
-        fixed = not learns and not isinstance(constant, Host)
-        return self.add("constant", (x,), fn=fn, constant=constant, scales=scales, fixed=fixed)
+        return self.add("constant", (x,), fn=fn, constant=constant, scales=scales, fixed=self.is_fixed(constant))
 
     def op_cat(self, tensors, dim=0):
         dim = int(dim)
@@ -457,7 +455,8 @@ class _Normaliser(Reader):
             raise self.unsupported(f"{name}{counts}", f"sizes must be numbers, {keep} for the batch", "Use torch.cat([x, x], 1).")
         for dim, count in enumerate(counts):
             if count not in (keep, 1):
-                x = self.add("concat", (x,) * count, dim=dim - len(counts))
+                one = [count if d == dim else keep for d in range(len(counts))]
+                x = self.add("concat", (x,) * count, dim=dim - len(counts), fn=Method(name), settings=tuple(one))
         return x
 
     def op_flatten(self, x, start_dim=0, end_dim=-1):

@@ -47,7 +47,7 @@ def share_concatenations(graph: Graph) -> Graph:
     known: dict[tuple, int] = {}
     nodes = list(graph.nodes)
     for index, node in enumerate(nodes):
-        if node.kind != "concat":
+        if node.kind != "concat" or "fn" in node.attrs:
             continue
         whole = _flat(nodes, index)
         dim = node.attrs["dim"]
@@ -175,7 +175,7 @@ class Program:
         fields = ("forward", "relevance", "rule", "kernel")
         for phase, instrs in (("forward", self.lowered.forward), ("relevance", self.lowered.relevance)):
             for instr in instrs:
-                if instr.op in ("size", "shape", "host"):
+                if instr.op in ("size", "shape", "host", "bounds"):
                     continue
                 row = order.setdefault(instr.layer, {f: [] for f in fields})
                 row[phase].append(instr.op)

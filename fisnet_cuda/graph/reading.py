@@ -81,6 +81,7 @@ class Reader:
         self.roots: list[int] = []  # of each node: the one whose memory it may be a view of
         self.values: dict[fx.Node, Any] = {}
         self.stale: set[int] = set()  # values that were overwritten in place
+        self.fixed: set[int] = set()  # hosts made of buffers and numbers alone
         self.names: dict[str, int] = {}
         self.at = ""  # path of the module being read, for names and errors
         self.call = ""
@@ -118,10 +119,13 @@ class Reader:
             return self.captured.constants[node.name]
         if not self.nodes:
             return self.add("input", (), name="input")
+        name = str(node.target)
+        if name.startswith("*"):
+            return {} if name.startswith("**") else ()
         if node.args:  # an optional argument: its default
             return node.args[0]
         raise UnsupportedModelError(
-            f"forward takes a second input, {str(node.target).lstrip('*')!r}. Give it a default, or wrap the model in a module "
+            f"forward takes a second input, {name!r}. Give it a default, or wrap the model in a module "
             "whose forward takes the batch alone."
         )
 
@@ -247,7 +251,18 @@ class Reader:
         """A call that runs with the model."""
         if any(isinstance(a, slice) and any(True for _ in _refs(a)) for a in _leaves(args)):
             raise self.unsupported(self.call, "a slice with computed bounds", "Use narrow, or constants.")
-        return Host(self.add("host", inputs, name, fn=fn, args=args, kwargs=tuple(kwargs.items())).index)
+        host = Host(self.add("host", inputs, name, fn=fn, args=args, kwargs=tuple(kwargs.items())).index)
+        if all(self.is_fixed(value) for value in _leaves((args, kwargs))):
+            self.fixed.add(host.index)
+        return host
+
+    def is_fixed(self, value: Any) -> bool:
+        """Whether a value is neither learned nor the batch's."""
+        if isinstance(value, Param):
+            path, _, name = value.path.rpartition(".")
+            owner = self.model.get_submodule(path)
+            return name not in owner._parameters and not parametrize.is_parametrized(owner, name)
+        return value.index in self.fixed if isinstance(value, Ref) else True
 
     def check_constants(self, args: Any) -> None:
         if any(isinstance(a, Tensor) and a.dim() for a in _leaves(args)):

@@ -78,7 +78,7 @@ def _explainer(
     rule_map = resolve(rules)
     example = example_input if example_input is not None else x if isinstance(x, Tensor) else None
     return ISNet(
-        _model_of(model), variant="original", first_layer="epsilon", rules=rule_map, backend=backend, check="never",
+        _model_of(model), variant="original", first_layer="epsilon", rules=rule_map, backend=backend, check="first",
         example_input=example, max_map_bytes=None,
     )  # fmt: skip
 

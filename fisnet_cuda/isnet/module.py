@@ -170,7 +170,7 @@ class ISNet(nn.Module):
         return self._explain(x, target, None)
 
     def _explain(self, x: Tensor, target: Tensor | int | None, training: bool | None) -> ISNetOutput:
-        self._check_input(x)
+        look = self._check_input(x)
         mode = self.model.training if training is None else training
         main, one = self._programs[mode]
         program = main if target is None else one
@@ -178,7 +178,9 @@ class ISNet(nn.Module):
         logits = env[program.lowered.logits]
         if logits.dim() != 2:
             raise ValueError(f"the model must return logits [N, C], got a tensor {tuple(logits.shape)}")
-        explained, starts = self._starts(logits, target)
+        explained, starts = self._starts(logits, target, look)
+        if look:
+            self._checked = True  # a failed check is made again
         chunk = self._chunk(x, explained.shape[1]) if len(program.specs) == 1 else explained.shape[1]
         if chunk >= explained.shape[1]:
             heatmaps, hidden = self._relevance(program, env, starts, training)
@@ -186,12 +188,14 @@ class ISNet(nn.Module):
             heatmaps, hidden = self._in_chunks(program, env, starts["epsilon"], chunk, training)
         return ISNetOutput(logits, heatmaps, hidden, explained)
 
-    def _starts(self, logits: Tensor, target: Tensor | int | None) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """``(explained [N, K], stream -> relevance per unit of the logits [N, K, C])``."""
+    def _starts(
+        self, logits: Tensor, target: Tensor | int | None, look: bool
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """``(explained [N, K], stream -> relevance per unit of the logits [N, K, C])``; ``look``: values may be looked at."""
         n, classes = logits.shape
         wide = torch.promote_types(logits.dtype, torch.float32)
         if target is not None:
-            index = self._target(target, logits)
+            index = self._target(target, logits, look)
             return index, {"epsilon": one_hot(index, classes, wide)}
         if self.variant == "dual":
             everything = torch.full((n, 2), -1, device=logits.device, dtype=torch.long)
@@ -252,7 +256,7 @@ class ISNet(nn.Module):
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
-    def _target(self, target: Tensor | int, logits: Tensor) -> Tensor:
+    def _target(self, target: Tensor | int, logits: Tensor, look: bool) -> Tensor:
         n, classes = logits.shape
         if isinstance(target, bool) or not isinstance(target, (int, Tensor)):
             raise TypeError(f"target must be an int or an integer tensor [N] or [N, K], got {type(target).__name__}")
@@ -266,9 +270,14 @@ class ISNet(nn.Module):
             raise ValueError(f"target must be [N] or [N, K] with N={n}, got {tuple(target.shape)}")
         if target.device != logits.device:
             raise ValueError(f"target is on {target.device} and the logits are on {logits.device}: move target")
+        if look and target.numel():
+            low, high = target.min().item(), target.max().item()
+            if low < 0 or high >= classes:
+                raise ValueError(f"target holds {low if low < 0 else high} and the model has {classes} classes: 0 to {classes - 1}")
         return (target if target.dim() == 2 else target.unsqueeze(1)).long()
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor) -> bool:
+        """Raises or warns of what is wrong with ``x``; says whether this call looks at values."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor [N, C_in, ...], got {type(x).__name__}")
         if x.dim() < 2:
@@ -279,12 +288,11 @@ class ISNet(nn.Module):
         if parameter is not None and parameter.device != x.device:
             raise ValueError(f"x is on {x.device} and the model is on {parameter.device}: move one of them")
         if self.check == "never" or (self.check == "first" and self._checked) or not _readable(x):
-            return
-        self._checked = True
+            return False
         if x.numel() and not bool(torch.isfinite(x).all()):
             raise ValueError("x holds NaN or infinity: clean the input (or pass check='never')")
         if self._bounds is None or not x.numel():
-            return
+            return True
         shape = (1, -1, *[1] * (x.dim() - 2))
         low, high = (x.new_tensor(b if isinstance(b, tuple) else (b,)).view(shape) for b in self._bounds)
         slack = 1e-3 * (high - low)
@@ -297,6 +305,7 @@ class ISNet(nn.Module):
                 FisnetWarning,
                 stacklevel=4,
             )
+        return True
 
     # ---- looking, saving ---------------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ def bn_act(
         ``(y, mean, rstd)``; ``rstd = 1/sqrt(var + eps)`` with the biased variance, both detached ``[C]``.
 
     Raises:
-        ValueError: one value a channel in training mode, where a variance does not exist.
+        ValueError: one value a channel in training mode, where a variance does not exist; a skip of another shape.
 
     Example:
         >>> import torch
@@ -48,6 +48,8 @@ def bn_act(
     """
     if training and x.numel() == x.shape[1]:
         raise ValueError(f"BatchNorm in train mode needs more than one value a channel, got an input {tuple(x.shape)}")
+    if skip is not None and skip.shape != x.shape:
+        raise ValueError(f"skip must have the shape of x, {tuple(x.shape)}, got {tuple(skip.shape)}: bring both to one shape first")
     return kernel("bn_act", backend, x)(
         x, weight, bias, running_mean, running_var, training, momentum, eps, skip, relu
     )

@@ -78,7 +78,7 @@ def phi_scale(
     if scale is None and rest is not None:
         raise ValueError("rest is added behind scale: pass scale too, or add it yourself")
     if not torch.is_grad_enabled():
-        return kernel("phi_scale", backend, g)(g, a, eps, skip, scale, rest)[0]
+        return kernel("phi_scale", backend, g)(g, a, eps, skip, scale, rest, keep_s=False)[0]
     return _PhiScale.apply(g, a, eps, skip, scale, rest, backend)
 
 

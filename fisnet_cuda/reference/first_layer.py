@@ -75,12 +75,17 @@ def zb(
         bound = shift.clamp(min=0) * low.min() + shift.clamp(max=0) * high.max()
         box = box + bound.view(-1, *[1] * (geometry.spatial))
     den = z - box
-    den = den.add_(torch.copysign(den.new_full((), eps), den)) if eps > 0 else stabilise(den, eps)
+    if eps > 0:
+        signed_eps = torch.copysign(den.new_full((), eps), den)
+        den, work = den.add_(signed_eps), signed_eps
+    else:
+        den, work = stabilise(den, eps), den
     if carrier is None:
         R_k, den_k = per_sample(R_out, den)
         s = R_k / den_k
     else:
-        R_k, share = per_sample(R_out, carrier / den)
+        # `work` is a map of the right size that nobody needs any more: fresh memory costs more than the division
+        R_k, share = per_sample(R_out, torch.div(carrier, den, out=work if work is not den else None))
         s = share.mul_(R_k) if share.shape == R_k.shape and share.dtype == R_k.dtype else share * R_k
     s = s.flatten(0, 1) if s.dim() > den.dim() else s
     c_plus, c_minus = _dgrad_pair(s, W, geometry, tuple(x.shape[2:]))

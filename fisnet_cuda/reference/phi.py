@@ -85,8 +85,12 @@ def phi_scale(
     skip: Tensor | None = None,  # [N*K, C, ...]
     scale: Tensor | None = None,  # [C]
     rest: Tensor | None = None,  # [N*K, C, ...]
+    keep_s: bool = True,
 ) -> tuple[Tensor, Tensor]:  # ([N*K, C, ...], [N*K, C, ...])
-    """``s = phi(a) . (g + skip)``; returns ``(scale . s + rest, s)``, the same tensor twice without ``scale``."""
+    """``s = phi(a) . (g + skip)``; returns ``(scale . s + rest, s)``, the same tensor twice without ``scale``.
+
+    Without ``keep_s`` (no backward follows) the first result may take the memory of the second.
+    """
     joined = g if skip is None else g + skip
     joined, a_k = per_sample(joined, a)
     if isinstance(eps, float) and eps == 0:
@@ -100,7 +104,8 @@ def phi_scale(
     if scale is None:
         return s, s
     factor = channel_view(scale, s)
-    return (s * factor if rest is None else torch.addcmul(rest, s, factor)), s
+    out = None if keep_s or s.requires_grad else s
+    return (torch.mul(s, factor, out=out) if rest is None else torch.addcmul(rest, s, factor, out=out)), s
 
 
 def phi_scale_backward(

@@ -284,7 +284,8 @@ def test_plus_affine(maps, with_M, with_bias, affine):
 
     def op(R, P, *rest):
         M, gamma = unpack(rest)
-        plus, minus = rules.plus_affine(R, P, M, bias, gamma, beta, mean, rstd, E)
+        u = None if M is None else P - M + (0 if bias is None else bias[:, None])  # the map's own value
+        plus, minus = rules.plus_affine(R, P, u, bias, gamma, beta, mean, rstd, E)
         assert (minus is None) == (M is None)
         return plus if M is None else torch.stack([plus, minus])
 

@@ -4,8 +4,6 @@
 Shared with the forward: for z+ the two summands.
 """
 
-import operator
-
 import torch
 
 from ... import ops
@@ -18,7 +16,7 @@ def nonneg(b, node) -> bool:
 
 
 def forward(b, index, node) -> None:
-    b.emit_forward(index, "add", operator.add, tuple(Slot(source) for source in node.inputs))
+    b.emit_forward(index, "add", add, tuple(Slot(source) for source in node.inputs))
 
 
 def relevance(b, index, node, stream) -> None:
@@ -44,6 +42,21 @@ def relevance(b, index, node, stream) -> None:
             stream.give(source, "g", r)
         else:  # the summand's positive part times r; its negative part gets none
             stream.give(source, "R", b.emit(node.name, rule, "times+", _times_positive, (Slot(source), r)))
+
+
+def add(x, y):
+    """The sum of two activations of one shape."""
+    check_shapes(x, y)
+    return x + y
+
+
+def check_shapes(x, y):
+    """Relevance of a sum goes to both summands as it is."""
+    if x.shape != y.shape:
+        raise ValueError(
+            f"a sum of activations {tuple(x.shape)} and {tuple(y.shape)} has no LRP rule here: bring both to one shape first "
+            "(repeat, torch.cat, a resize)"
+        )
 
 
 def _plus_add(R, x, y, nonneg, eps):

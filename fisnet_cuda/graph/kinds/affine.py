@@ -16,7 +16,7 @@ def nonneg(b, node) -> bool:
 
 
 def forward(b, index, node) -> None:
-    b.emit_forward(index, node.attrs["fn"].__name__, node.attrs["fn"], (Slot(node.inputs[0]), node.attrs["constant"]))
+    b.emit_forward(index, f"{node.attrs['fn'].__name__}_c", node.attrs["fn"], (Slot(node.inputs[0]), node.attrs["constant"]))
 
 
 def relevance(b, index, node, stream) -> None:

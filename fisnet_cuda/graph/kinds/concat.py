@@ -10,6 +10,9 @@ def nonneg(b, node) -> bool:
 
 
 def forward(b, index, node) -> None:
+    if "fn" in node.attrs:  # copies of one value side by side: repeat, expand
+        b.emit_forward(index, node.attrs["fn"].name, node.attrs["fn"], (Slot(node.inputs[0]), *node.attrs["settings"]))
+        return
     parts = tuple(Slot(source) for source in node.inputs)
     b.emit_forward(index, "concat", _concat, (parts, node.attrs["dim"]))
 

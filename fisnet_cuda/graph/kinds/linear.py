@@ -97,8 +97,11 @@ def _zplus(b, index, node, stream, rule) -> None:
         z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_denominator, (P, scale, shift))
     else:
         z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_linear_denominator, (P, shift))
-    R = z_plus if stream.of_form(index, "all") else stream.take_R(out, node.name)
-    s = b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, eps, True))
+    if stream.of_form(index, "all"):
+        s = b.emit(node.name, rule, "start", rule_ops.plus_start, (z_plus, eps))
+    else:
+        R = stream.take_R(out, node.name)
+        s = b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, eps, True))
     factor = None if scale is None else b.emit(node.name, rule, "|scale|", torch.abs, (scale,))
     operands = (s, W, geometry, _in_size(b, node), factor)
     g = b.emit(node.name, rule, f"{node.kind}+^T", ops.transposed, operands, kernel="dgrad", backend=b.backend)
@@ -120,8 +123,12 @@ def _zplus_two_sided(b, index, node, stream, rule, pairs) -> None:
     own = [c for c in stream.contributions[out] if c[0] in ("g", "R")]
     if own or stream.of_form(index, "all"):
         z_plus = b.emit(node.name, rule, "z+", _with_bias, (P, shift, geometry))
-        R = stream.alone(out, own).take_R(out, node.name) if own else z_plus
-        plus.append(b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, float(rule.eps), True)))
+        eps = float(rule.eps)
+        if own:
+            R = stream.alone(out, own).take_R(out, node.name)
+            plus.append(b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, eps, True)))
+        else:
+            plus.append(b.emit(node.name, rule, "start", rule_ops.plus_start, (z_plus, eps)))
     s_minus = stream.sum(minus, node.name) if minus else None
     operands = (stream.sum(plus, node.name), s_minus, Slot(source), W, geometry, _in_size(b, node), signed)
     g = b.emit(node.name, rule, f"{node.kind}+^T", rule_ops.plus_transposed, operands, backend=b.backend)

@@ -44,9 +44,15 @@ def relevance(b, index, node, stream) -> None:
     stream.give(source, "g", b.emit(node.name, None, "norm", ops.times, (scale, g)))
 
 
+_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def _group_norm(x: Tensor, weight, bias, groups: int, eps: float):
     n, c = x.shape[:2]
-    y, mean, rstd = torch.native_group_norm(x.contiguous(), weight, bias, n, c, math.prod(x.shape[2:]), groups, eps)
+    layout = _LAYOUTS.get(x.dim()) if x.device.type == "cpu" else None  # as F.group_norm
+    if layout is None or not x.is_contiguous(memory_format=layout):
+        x = x.contiguous()
+    y, mean, rstd = torch.native_group_norm(x, weight, bias, n, c, math.prod(x.shape[2:]), groups, eps)
     return y, mean.detach(), rstd.detach()
 
 

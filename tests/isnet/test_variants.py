@@ -1,0 +1,325 @@
+"""What is explained: the classes of the variants, eta and its gradient, draws, chunks of Original, given targets."""
+
+import math
+
+import golden_nets
+import pytest
+import torch
+from helpers import close, close_grads, rand, randn
+from torch import nn
+
+import fisnet_cuda as fc
+from fisnet_cuda.isnet import variants
+
+N = 6
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def classifier(classes, seed=0):
+    torch.manual_seed(seed)
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4 * 3 * 3, classes)
+    return nn.Sequential(*layers).double()
+
+
+def explain(model, variant, x, target=None, **options):
+    return fc.ISNet(model, variant, check="never", **options)(x, relevance=True, target=target)
+
+
+# ---- eta -------------------------------------------------------------------------------------------------------------
+
+
+def eta(logits, index, t):
+    """Section 3, literally."""
+    P = logits.softmax(1).gather(1, index)
+    return torch.log(P + t) - torch.log(1 - P + t)
+
+
+@pytest.mark.parametrize("t", [1e-2, 1e-7])
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_eta_and_its_gradient(classes, t):
+    """``eta_gradient`` is the derivative of ``eta``, and its own derivative is that of plain autograd."""
+    logits, index = randn(N, classes).requires_grad_(), torch.randint(0, classes, (N, 2), generator=generator())
+    close(variants.eta(logits, index, t), eta(logits, index, t))
+    got = variants.eta_gradient(logits, index, t)
+    columns = [torch.autograd.grad(eta(logits, index[:, k : k + 1], t).sum(), logits, create_graph=True)[0] for k in (0, 1)]
+    want = torch.stack(columns, 1)
+    close(got, want)
+    bar = randn(*got.shape, seed=1)
+    second, second_want = (torch.autograd.grad(g, logits, bar)[0] for g in (got, want))
+    # with two classes and t = 0 eta is linear: what is left of its curvature is a difference of large terms
+    assert (second - second_want).abs().max() <= 1e-10 * max(1, second_want.abs().max())
+    assert torch.autograd.gradcheck(lambda v: variants.eta_gradient(v, index, t), logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [80.0, 90.0, 200.0, 6e4])
+def test_eta_of_a_large_logit_spread_is_finite(spread, dtype):
+    """(``exp(-Z)`` overflows in the authors' head when the spread passes 88.)"""
+    logits = torch.tensor([[spread, 0.0, -spread]], dtype=dtype, requires_grad=True)
+    index = torch.tensor([[0, 1, 2]])
+    g = variants.eta_gradient(logits, index, 1e-2)
+    assert g.dtype == torch.promote_types(dtype, torch.float32)
+    (back,) = torch.autograd.grad(g.sum(), logits)
+    assert all(torch.isfinite(v).all() for v in (g, back, variants.eta(logits, index, 1e-2)))
+    exact = math.log(1.01 / 0.01)
+    assert variants.eta(logits, index, 1e-2)[0].tolist() == pytest.approx([exact, -exact, -exact], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_eta_is_computed_in_float32(dtype):
+    logits, index = randn(N, 4).to(dtype), torch.zeros(N, 1, dtype=torch.long)
+    exact = variants.eta_gradient(logits.double(), index, 1e-2)
+    close(variants.eta_gradient(logits, index, 1e-2).double(), exact, 1e-6)
+
+
+@pytest.mark.parametrize("select", ["lowest", "random", "top"])
+def test_selective_explains_eta_of_its_class(select):
+    """The heatmap is that of the logits weighted by d eta / d logits, which by linearity Original's maps give."""
+    model, x = classifier(5), rand(N, 3, 8, 8)
+    out = explain(model, "selective", x, select=select, generator=generator())
+    maps = explain(model, "original", x).heatmaps
+    weights = variants.eta_gradient(out.logits, out.explained, 1e-2)
+    close(out.heatmaps[:, 0], torch.einsum("nc,nc...->n...", weights[:, 0], maps))
+    top, low = out.logits.argmax(1), out.logits.argmin(1)
+    picked = out.explained[:, 0]
+    assert {"lowest": picked.equal(low), "top": picked.equal(top), "random": bool((picked != top).all())}[select]
+
+
+def test_lowest_and_top_of_equal_logits_are_the_first():
+    logits = torch.zeros(2, 3)
+    assert variants.select_class(logits, "lowest", None).tolist() == [0, 0]
+    assert variants.select_class(logits, "top", None).tolist() == [0, 0]
+
+
+# ---- draws -----------------------------------------------------------------------------------------------------------
+
+
+def chi_square(counts, expected):
+    """Pearson's statistic beside its mean plus five standard deviations."""
+    freedom = len(counts) - 1
+    statistic = sum((c - e) ** 2 / e for c, e in zip(counts, expected))
+    return statistic, freedom + 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 10])
+def test_stochastic_draws_the_top_with_probability_one_half(classes):
+    """Exactly 1/2, the others uniformly. (The authors' loop gives 5/11.)"""
+    draws = 200_000
+    top = classes // 2
+    logits = torch.zeros(draws, classes)
+    logits[:, top] = 1.0
+    counts = variants.draw_class(logits, generator(1)).bincount(minlength=classes).tolist()
+    expected = [draws / 2 if c == top else draws / 2 / (classes - 1) for c in range(classes)]
+    statistic, limit = chi_square(counts, expected)
+    assert statistic < limit, counts
+    theirs = [draws * 5 / 11 if c == top else draws * 6 / 11 / (classes - 1) for c in range(classes)]
+    assert chi_square(counts, theirs)[0] > 20 * limit, "the test can tell 1/2 from 5/11"
+
+
+@pytest.mark.parametrize("classes", [3, 7])
+def test_random_other_class_is_uniform(classes):
+    draws = 100_000
+    logits = torch.zeros(draws, classes)
+    logits[:, -1] = 1.0
+    counts = variants.select_class(logits, "random", generator(2)).bincount(minlength=classes).tolist()
+    assert counts.pop() == 0
+    statistic, limit = chi_square(counts, [draws / (classes - 1)] * (classes - 1))
+    assert statistic < limit, counts
+
+
+def test_samples_are_drawn_one_by_one():
+    """Top or not is independent from sample to sample, also where each has another top."""
+    logits = torch.eye(4).repeat(5000, 1)
+    is_top = variants.draw_class(logits, generator(3)) == logits.argmax(1)
+    pairs = (is_top[:-1].long() * 2 + is_top[1:].long()).bincount(minlength=4).tolist()
+    statistic, limit = chi_square(pairs, [len(logits) / 4] * 4)
+    assert statistic < limit, pairs
+
+
+@pytest.mark.parametrize(("variant", "options"), [("stochastic", {}), ("selective", {"select": "random"})])
+def test_draws_are_reproducible(variant, options):
+    model, x = classifier(10), rand(40, 3, 8, 8)
+    first, again, other = (
+        explain(model, variant, x, generator=generator(seed), **options).explained for seed in (4, 4, 5)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    net = fc.ISNet(model, variant, generator=generator(4), check="never", **options)
+    one, two = net(x, relevance=True).explained, net(x, relevance=True).explained
+    assert torch.equal(one, first)
+    assert not torch.equal(one, two), "the generator moves on"
+    torch.manual_seed(6)
+    unseeded = explain(model, variant, x, **options).explained
+    torch.manual_seed(6)
+    assert torch.equal(explain(model, variant, x, **options).explained, unseeded), "without one, torch.manual_seed counts"
+
+
+def test_generator_must_be_where_the_logits_are():
+    with pytest.raises(ValueError, match="generator is on cpu and the logits are on meta: make it there"):
+        variants.draw_class(torch.zeros(2, 3, device="meta"), generator())
+
+
+def test_stochastic_explains_a_logit():
+    model, x = classifier(4), rand(N, 3, 8, 8)
+    out = explain(model, "stochastic", x, generator=generator())
+    close(out.heatmaps, explain(model, "original", x, target=out.explained).heatmaps)
+
+
+# ---- few classes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_few_classes(variant, classes):
+    """One class: every variant explains its logit (the authors' Stochastic loops for ever, and eta is constant)."""
+    model, x = classifier(classes), rand(N, 3, 8, 8)
+    for select in ("lowest", "random", "top") if variant == "selective" else ("lowest",):
+        out = explain(model, variant, x, select=select)
+        out.heatmaps.sum().backward()
+        assert torch.isfinite(out.heatmaps).all()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        if classes == 1:
+            want = explain(model, "original", x).heatmaps
+            close(out.heatmaps[:, -1:], want)
+            assert (out.explained == (-1 if variant == "dual" else 0)).all()
+        elif variant == "stochastic":
+            assert set(out.explained.flatten().tolist()) <= {0, 1}
+
+
+def test_multilabel_explains_logits():
+    model, x = classifier(5), rand(N, 3, 8, 8)
+    out = explain(model, "selective", x, multilabel=True)
+    assert torch.equal(out.explained[:, 0], out.logits.argmin(1))
+    close(out.heatmaps, explain(model, "original", x, target=out.explained).heatmaps)
+
+
+# ---- Original --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("supervise", [(), ("1",)])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_original_in_chunks(parts, supervise):
+    """Classes folded into the batch in parts of one or of several: the same maps and gradients as all at once."""
+    model, x, results = classifier(7), rand(2, 3, 8, 8), []
+    for limit in (None, limit_for(parts, model, x)):
+        model.zero_grad()
+        net = fc.ISNet(model, "original", max_map_bytes=limit, supervise=supervise, check="never")
+        calls = count_relevance_calls(net)
+        out = net(x, relevance=True)
+        maps = [out.heatmaps, *out.hidden.values()]
+        functional = sum((m * randn(*m.shape, seed=i)).sum() for i, m in enumerate(maps)) + out.logits.sum()
+        forward_calls = len(calls)
+        functional.backward()
+        results.append((maps, {n: p.grad.clone() for n, p in model.named_parameters()}))
+        with torch.no_grad():
+            without = net(x, relevance=True)
+        for got, want in zip([without.heatmaps, *without.hidden.values()], maps):
+            close(got, want.detach())
+        assert forward_calls == (1 if limit is None else -(-7 // parts))
+    assert results[0][0][0].shape == (2, 7, 3, 8, 8)
+    for got, want in zip(results[1][0], results[0][0]):
+        close(got, want)
+    close_grads(results[1][1], results[0][1])
+
+
+def limit_for(maps, model, x):
+    """A ``max_map_bytes`` that lets so many of seven maps be computed at once."""
+    limits = (2**k // 4 * m for k in range(2, 40) for m in (4, 5, 6, 7))
+    return next(v for v in limits if fc.ISNet(model, "original", max_map_bytes=v)._chunk(x, 7) == maps)
+
+
+def count_relevance_calls(net):
+    calls, run = [], net._relevance
+
+    def counted(*args):
+        calls.append(args)
+        return run(*args)
+
+    net._relevance = counted
+    return calls
+
+
+def test_original_in_chunks_with_batch_statistics():
+    """The backward computes each part again, not the forward: BatchNorm's running statistics move once."""
+    tracked = {}
+    for limit in (None, 1):
+        model, data = golden_nets.load("seqbn")
+        net = fc.ISNet(model.train(), "original", max_map_bytes=limit)
+        out = net(data["x"], relevance=True)
+        (out.heatmaps**2).sum().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        tracked[limit] = [out.heatmaps.detach(), *model.buffers()], grads
+    for got, want in zip(tracked[1][0], tracked[None][0]):
+        close(got, want)
+    close_grads(tracked[1][1], tracked[None][1])
+
+
+def test_original_explains_every_class():
+    model, x = classifier(4), rand(2, 3, 8, 8)
+    out = explain(model, "original", x)
+    assert out.explained.tolist() == [[0, 1, 2, 3]] * 2
+    for c in range(4):
+        close(out.heatmaps[:, c : c + 1], explain(model, "selective", x, target=c).heatmaps)
+
+
+def test_maps_of_original_sum_to_duals_epsilon_map():
+    model, x = classifier(4), rand(2, 3, 8, 8)
+    out = explain(model, "dual", x)
+    assert out.explained.tolist() == [[-1, -1]] * 2
+    close(out.heatmaps[:, 1], explain(model, "original", x).heatmaps.sum(1))
+
+
+# ---- targets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_target(variant):
+    """One int, a class a sample, several a sample, any integer dtype: epsilon maps of those logits, whatever the variant."""
+    model, x = classifier(4), rand(3, 3, 8, 8)
+    maps = explain(model, "original", x).heatmaps
+    rows = torch.arange(3)[:, None]
+    for target in (2, torch.tensor([0, 3, 1]), torch.tensor([[0, 1], [3, 3], [2, 0]]), torch.tensor([1, 2, 3]).int()):
+        out = explain(model, variant, x, target=target)
+        index = torch.full((3, 1), target) if isinstance(target, int) else target.long().view(3, -1)
+        assert torch.equal(out.explained, index)
+        assert out.explained.dtype == torch.int64
+        close(out.heatmaps, maps[rows, index])
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "text"),
+    [
+        (4, ValueError, "target is 4 and the model has 4 classes"),
+        (-1, ValueError, "target is -1 and the model has 4 classes"),
+        (True, TypeError, "target must be an int or an integer tensor .* got bool"),
+        ([0, 1, 2], TypeError, "target must be an int or an integer tensor .* got list"),
+        (torch.zeros(3), TypeError, r"target must hold class indices \(int64\), got torch.float32"),
+        (torch.zeros(3, dtype=torch.bool), TypeError, "got torch.bool"),
+        (torch.zeros(2, dtype=torch.long), ValueError, r"target must be \[N\] or \[N, K\] with N=3, got \(2,\)"),
+        (torch.zeros(3, 1, 1, dtype=torch.long), ValueError, r"got \(3, 1, 1\)"),
+        (torch.zeros(3, dtype=torch.long, device="meta"), ValueError, "target is on meta and the logits are on cpu: move"),
+    ],
+)
+def test_target_errors(target, error, text):
+    with pytest.raises(error, match=text):
+        explain(classifier(4), "selective", rand(3, 3, 8, 8), target=target)
+
+
+@pytest.mark.parametrize("bad", [[0, 4, 1], [-1, 0, 1]])
+def test_target_beyond_the_classes(bad):
+    """Values are looked at when the input's are: on the first call, always or never."""
+    model, x = classifier(4), rand(3, 3, 8, 8)
+    for check in ("first", "always"):
+        net = fc.ISNet(model, "selective", check=check)
+        with pytest.raises(ValueError, match=r"target holds .* and the model has 4 classes"):
+            net(x, relevance=True, target=torch.tensor(bad))
+    with pytest.raises(ValueError, match=r"target holds .* and the model has 4 classes"):
+        fc.relevance(model, x, torch.tensor(bad))
+
+
+def test_target_needs_relevance():
+    with pytest.raises(ValueError, match="target= says what to explain: pass relevance=True with it"):
+        fc.ISNet(classifier(4))(rand(1, 3, 8, 8), target=1)
