@@ -48,6 +48,7 @@ def environment(device: str) -> dict[str, Any]:
         "fisnet_cuda": fc.__version__,
         "commit": commit(),
         "kernels": fc.info()["kernels"],
+        "allocator": allocator(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -68,6 +69,13 @@ def cpu_name() -> str:
         if found:
             return found.group(1).strip()
     return platform.processor() or platform.machine()
+
+
+def allocator() -> str:
+    """What replaces or tunes the C library's allocator: on a CPU, fresh pages are a good part of a step's time."""
+    preloaded = [Path(name).name for name in re.split(r"[: ]+", os.environ.get("LD_PRELOAD", "")) if name]
+    tuned = [f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith(("MALLOC_", "GLIBC_TUN"))]
+    return " ".join(preloaded + tuned) or "default"
 
 
 def commit() -> str:

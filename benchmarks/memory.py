@@ -119,7 +119,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--size", type=int, default=112, help="height and width of the images")
     p.add_argument("--steps", type=int, default=4, help="training steps in each process")
-    p.add_argument("--repeats", type=int, default=5, help="processes for each case")
+    p.add_argument("--repeats", type=int, default=3, help="processes for each case")
     return p
 
 

@@ -132,7 +132,7 @@ class Program:
         forward, relevance = fuse(lowered.forward, lowered.relevance, frozenset(outputs))
         self.lowered = replace(lowered, forward=forward, relevance=relevance)
         self._frees = _last_uses(forward, relevance, outputs)
-        self._owners = _param_owners(forward), _param_owners(relevance)  # apart: a parametrized weight is computed when read
+        self._owners = _param_owners((*forward, *relevance))
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
@@ -144,27 +144,25 @@ class Program:
             x: the input ``[N, ...]``.
             training: overrides every module's ``training`` flag.
         """
-        env: list[Any] = [None] * self.lowered.slots
+        env: list[Any] = [None] * (self.lowered.slots + 1)
         env[0] = x
-        _execute(self.lowered.forward, self._frees[0], env, _look_up(self._owners[0], model, training))
+        # once for both directions: a parametrized weight is computed when it is read (spectral_norm iterates, too)
+        env[-1] = _look_up(self._owners, model, training)
+        _execute(self.lowered.forward, self._frees[0], env, env[-1])
         return env
 
-    def run_relevance(
-        self, model: nn.Module, env: list[Any], starts: Mapping[str, Tensor | None], training: bool | None = None
-    ) -> list[Any]:
+    def run_relevance(self, env: list[Any], starts: Mapping[str, Tensor | None]) -> list[Any]:
         """Run relevance on a forward's environment, which stays as it is; returns the environment with the results.
 
         Args:
-            model: as in `run_forward`.
-            env: from `run_forward`.
+            env: from `run_forward`, with the parameters that it read.
             starts: stream name -> relevance per unit of the logits, ``[N*K, C]`` (none for streams ``from_all``).
-            training: as in `run_forward`.
         """
         env = list(env)
         for name, slot in self.lowered.starts.items():
             if slot is not None:
                 env[slot] = starts[name]
-        _execute(self.lowered.relevance, self._frees[1], env, _look_up(self._owners[1], model, training))
+        _execute(self.lowered.relevance, self._frees[1], env, env[-1])
         return env
 
     # ---- looking -----------------------------------------------------------------------------------------------------

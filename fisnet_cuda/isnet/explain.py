@@ -161,7 +161,7 @@ def check_conservation(
         index = logits.argmax(1) if target is None else torch.as_tensor(target, device=x.device).expand(x.shape[0])
         g = torch.zeros_like(logits).scatter_(1, index.unsqueeze(1), 1.0)
         explained = float((g * logits).sum() / max(len(x), 1))
-        env = program.run_relevance(inner, env, {"epsilon": g}, False)
+        env = program.run_relevance(env, {"epsilon": g})
         rows, violations = [], []
         kinds = {node.name: node.kind for node in graph.nodes}
         for name, _, out_slot, handed in program.lowered.taps:

@@ -181,11 +181,11 @@ class ISNet(nn.Module):
         explained, starts = self._starts(logits, target, look)
         if look:
             self._checked = True  # a failed check is made again
-        chunk = self._chunk(x, explained.shape[1]) if len(program.specs) == 1 else explained.shape[1]
+        chunk = self._chunk(env, explained.shape[1]) if len(program.specs) == 1 else explained.shape[1]
         if chunk >= explained.shape[1]:
-            heatmaps, hidden = self._relevance(program, env, starts, training)
+            heatmaps, hidden = self._relevance(program, env, starts)
         else:
-            heatmaps, hidden = self._in_chunks(program, env, starts["epsilon"], chunk, training)
+            heatmaps, hidden = self._in_chunks(program, env, starts["epsilon"], chunk)
         return ISNetOutput(logits, heatmaps, hidden, explained)
 
     def _starts(
@@ -213,22 +213,22 @@ class ISNet(nn.Module):
         return index, {"epsilon": one_hot(index, classes, wide)}
 
     def _relevance(
-        self, program: Program, env: list[Any], starts: Mapping[str, Tensor | None], training: bool | None
+        self, program: Program, env: list[Any], starts: Mapping[str, Tensor | None]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         n = env[0].shape[0]
         folded = {name: None if g is None else g.flatten(0, 1) for name, g in starts.items()}
-        env = program.run_relevance(self.model, env, folded, training)
+        env = program.run_relevance(env, folded)
         lowered = program.lowered
 
         def maps(slots: Mapping[str, int]) -> Tensor:
-            streams = [env[slots[spec.name]] for spec in program.specs if spec.name in slots]
-            parts = [_unfold(r, n) for r in streams]
+            names = [spec.name for spec in program.specs if spec.name in slots]
+            parts = [env[slots[name]].unflatten(0, (n, 1 if starts[name] is None else starts[name].shape[1])) for name in names]
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
         return maps(lowered.heatmaps), {name: maps(slots) for name, slots in lowered.hidden.items()}
 
     def _in_chunks(
-        self, program: Program, env: list[Any], g: Tensor, chunk: int, training: bool | None
+        self, program: Program, env: list[Any], g: Tensor, chunk: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Original's classes in parts. With gradients each part is computed again in the backward, so that the bound holds
         there too."""
@@ -236,23 +236,22 @@ class ISNet(nn.Module):
         for part in g.split(chunk, 1):
             if torch.is_grad_enabled():
                 run = torch.utils.checkpoint.checkpoint(
-                    self._relevance, program, env, {"epsilon": part}, training, use_reentrant=False,
+                    self._relevance, program, env, {"epsilon": part}, use_reentrant=False,
                     preserve_rng_state=False,
                 )  # fmt: skip
             else:
-                run = self._relevance(program, env, {"epsilon": part}, training)
+                run = self._relevance(program, env, {"epsilon": part})
             results.append(run)
         heatmaps = torch.cat([h for h, _ in results], 1)
         return heatmaps, {name: torch.cat([h[name] for _, h in results], 1) for name in results[0][1]}
 
-    def _chunk(self, x: Tensor, maps: int) -> int:
-        """How many maps a sample may be computed at once, from the widest layer that a map passes through."""
+    def _chunk(self, env: list[Any], maps: int) -> int:
+        """How many maps a sample may be computed at once: one takes about twice the memory of the activations kept for it
+        (``g`` and ``s`` beside every ``a``)."""
         if self.max_map_bytes is None or maps == 1:
             return maps
-        # relevance at the input's resolution with 64 channels is about the widest value of the usual classifiers; a
-        # program keeps some twenty of these at a time
-        one = 20 * 64 * max(x[0].numel() // max(x.shape[1], 1), 1) * max(x.shape[0], 1) * x.element_size() // 4
-        return max(1, min(maps, self.max_map_bytes // max(one, 1)))
+        kept = sum(v.numel() * v.element_size() for v in env if isinstance(v, Tensor) and v.dim() > 1)
+        return max(1, min(maps, self.max_map_bytes // max(2 * kept, 1)))
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
@@ -289,11 +288,18 @@ class ISNet(nn.Module):
             raise ValueError(f"x is on {x.device} and the model is on {parameter.device}: move one of them")
         if self.check == "never" or (self.check == "first" and self._checked) or not _readable(x):
             return False
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        if len(dtypes) == 1 and x.dtype not in dtypes and not torch.is_autocast_enabled(x.device.type):
+            (dtype,) = dtypes
+            raise TypeError(f"x is {x.dtype} and the model is {dtype}: convert one of them, x.to({dtype})")
         if x.numel() and not bool(torch.isfinite(x).all()):
             raise ValueError("x holds NaN or infinity: clean the input (or pass check='never')")
         if self._bounds is None or not x.numel():
             return True
         shape = (1, -1, *[1] * (x.dim() - 2))
+        for name, bound in zip(("input_low", "input_high"), self._bounds):
+            if isinstance(bound, tuple) and len(bound) != x.shape[1]:
+                raise ValueError(f"{name} has {len(bound)} channels and the input has {x.shape[1]}: give 1 or {x.shape[1]}")
         low, high = (x.new_tensor(b if isinstance(b, tuple) else (b,)).view(shape) for b in self._bounds)
         slack = 1e-3 * (high - low)
         outside = ((x < low - slack) | (x > high + slack)).sum().item()
@@ -303,7 +309,7 @@ class ISNet(nn.Module):
                 f"{self._bounds[1]} (seen {x.min().item():.3g} to {x.max().item():.3g}): the z^B rule needs the true bounds. "
                 "For normalised inputs pass (0 - mean)/std and (1 - mean)/std per channel, or use first_layer='epsilon'.",
                 FisnetWarning,
-                stacklevel=4,
+                stacklevel=6,  # the line that calls the network, through torch's Module.__call__
             )
         return True
 
@@ -343,11 +349,6 @@ class ISNet(nn.Module):
         return f"variant={self.variant!r}, supervise={self.supervise}"
 
 
-def _unfold(r: Tensor, n: int) -> Tensor:
-    """``[N*K, ...] -> [N, K, ...]``; an empty batch has one map."""
-    return r.unflatten(0, (n, r.shape[0] // n)) if n else r.unsqueeze(1)
-
-
 def _readable(x: Tensor) -> bool:
     """Whether values can be looked at here: not while compiling, faking or capturing a CUDA graph."""
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
@@ -366,7 +367,9 @@ def _bound(name: str, bound: Bound) -> float | tuple[float, ...]:
     if isinstance(bound, (int, float)) and not isinstance(bound, bool):
         return float(bound)
     try:
-        values = tuple(float(v) for v in bound)
+        values = None if isinstance(bound, str) else tuple(float(v) for v in bound)
     except TypeError:
-        raise TypeError(f"{name} must be a number or one number per channel, got {type(bound).__name__}") from None
+        values = None
+    if not values:
+        raise TypeError(f"{name} must be a number or one number per channel, got {type(bound).__name__}")
     return values[0] if len(values) == 1 else values

@@ -19,7 +19,8 @@ def _bound(bound: Tensor, like: Tensor) -> Tensor:
 
 def _image(bound: Tensor, like: Tensor) -> Tensor:
     """The constant image of a bound, ``[C] or [1] -> [1, C, ...]``: its borders meet the layer's zero padding."""
-    return torch.empty_like(like[:1]).copy_(_bound(bound, like))
+    one = like[:1] if like.shape[0] else like.new_empty(1, *like.shape[1:])
+    return torch.empty_like(one).copy_(_bound(bound, like))
 
 
 def _signed(W: Tensor) -> tuple[Tensor, Tensor]:

@@ -283,7 +283,7 @@ def tensors():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_steps_leave_nothing_behind(variant):
-    """50 steps, without help of the garbage collector: no reference cycles, no growth."""
+    """50 steps: no tensor waits for the garbage collector (no reference cycles), nothing grows."""
     net, loss = fc.ISNet(small(), variant, max_map_bytes=1 if variant == "original" else None), fc.ISNetLoss()
     data = batch(2)
     for _ in range(3):
@@ -293,11 +293,13 @@ def test_steps_leave_nothing_behind(variant):
     tracemalloc.start()
     try:
         step(net, loss, *data)
+        gc.collect()
         count, (size, _) = tensors(), tracemalloc.get_traced_memory()
         for _ in range(50):
             step(net, loss, *data)
-        grown = tracemalloc.get_traced_memory()[0] - size
         assert tensors() == count
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - size
         assert grown < 20_000, f"{grown} bytes of Python objects in 50 steps"
     finally:
         tracemalloc.stop()
@@ -319,7 +321,7 @@ def test_half_precision_models(variant, dtype):
     model = model.to(dtype)
     net = fc.ISNet(model, variant, check="never")
     out = net(x.to(dtype), relevance=True, target=target)
-    assert out.heatmaps.dtype == dtype
+    assert out.heatmaps.dtype == torch.float32, "relevance starts in float32, as small numbers would vanish"
     assert torch.isfinite(out.heatmaps).all()
     plain = relative(gradient_times_input(model, x.to(dtype)), plain_want)
     assert relative(out.heatmaps, want.heatmaps) <= 2 * plain + 8 * torch.finfo(dtype).eps
@@ -356,16 +358,18 @@ def test_autocast(variant):
 @pytest.mark.parametrize("name", ["resnet18s", "densenets"])
 @pytest.mark.parametrize("variant", ["selective", "dual"])
 def test_autocast_in_train_mode(name, variant):
-    """Batch statistics, skips and concatenations with mixed dtypes: finite, close to float32, backward works."""
+    """Batch statistics, skips and concatenations with mixed dtypes: no further from float32 than twice what autocast
+    does to plain gradient * input; backward works."""
     torch.manual_seed(0)
     model = golden_nets.build(name)
     net, x = fc.ISNet(model, variant, check="never"), torch.rand(4, 3, 32, 32)
     want = net(x, relevance=True, target=0).heatmaps
+    plain_want = gradient_times_input(model, x)
     with torch.autocast("cpu", torch.bfloat16):
         out, same = net(x, relevance=True), net(x, relevance=True, target=0)
-        logits = model(x)
+        plain, logits = gradient_times_input(model, x), model(x)
     assert out.logits.dtype == logits.dtype
-    assert relative(same.heatmaps, want.double()) < 0.2
+    assert relative(same.heatmaps, want.double()) <= 2 * relative(plain, plain_want.double())
     (out.heatmaps.float() ** 2).sum().backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
 
@@ -473,7 +477,7 @@ def test_constructor_errors(options, error, text):
 
 def test_model_must_be_a_module():
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
-        fc.ISNet(torch.relu if False else (lambda x: x))
+        fc.ISNet(lambda x: x)
 
 
 @pytest.mark.parametrize(
