@@ -72,7 +72,7 @@ def cpu_name() -> str:
 
 
 def allocator() -> str:
-    """What replaces or tunes the C library's allocator: on a CPU, fresh pages are a good part of a step's time."""
+    """What replaces or tunes the C library's allocator, whose fresh pages can be a good part of an op's time."""
     preloaded = [Path(name).name for name in re.split(r"[: ]+", os.environ.get("LD_PRELOAD", "")) if name]
     tuned = [f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith(("MALLOC_", "GLIBC_TUN"))]
     return " ".join(preloaded + tuned) or "default"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..errors import FisnetWarning, UnsupportedModelError
 from .modules import is_leaf
@@ -48,8 +49,8 @@ def capture(model: nn.Module, training: bool, example_input: Tensor | None = Non
     Raises:
         UnsupportedModelError: neither front end can trace the model; says why and what to do.
     """
-    if is_leaf(model):
-        raise UnsupportedModelError(f"the model is a single {type(model).__name__}: wrap it, torch.nn.Sequential(layer)")
+    _check_wrappers(model)
+    _check_forward(model)
     _check_hooks(model)
     with borrowed(model, training):
         try:
@@ -57,13 +58,43 @@ def capture(model: nn.Module, training: bool, example_input: Tensor | None = Non
         except UnsupportedModelError:
             raise
         except Exception as error:  # fx raises whatever the model's Python raises on a Proxy
-            reason = _first_line(error)
+            reason = _first_sentence(error)
         if example_input is None:
             raise UnsupportedModelError(
                 f"torch.fx cannot trace {type(model).__name__} ({reason}). Pass example_input= (one batch of the right "
                 "shape) and torch.export traces the model by example instead."
             )
         return _capture_export(model, example_input, reason)
+
+
+def _check_wrappers(model: nn.Module) -> None:
+    """Refuse what is around a network rather than a network."""
+    kind = type(model).__name__
+    if is_leaf(model) and not isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise UnsupportedModelError(f"the model is a single {kind}: wrap it, torch.nn.Sequential(layer)")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError(
+            f"the model is wrapped in {kind}. Pass the network itself (.module, ._orig_mod), and put {kind} around the ISNet."
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(f"{path or 'the model'}: it is compiled by torch.jit. Pass the Python module.")
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise UnsupportedModelError(f"{path}: {type(module).__name__} has no weights yet. Run the model on a batch first.")
+
+
+def _check_forward(model: nn.Module) -> None:
+    """One input, others with defaults."""
+    fixed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [
+        p.name for p in inspect.signature(model.forward).parameters.values()
+        if p.default is inspect.Parameter.empty and p.kind not in fixed
+    ]  # fmt: skip
+    if len(names) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}.forward takes {len(names)} inputs, {', '.join(names)}. Wrap the model in a module whose "
+            "forward takes the batch alone (or give the others defaults)."
+        )
 
 
 def _check_hooks(model: nn.Module) -> None:
@@ -126,9 +157,9 @@ def _items(container: Any) -> Iterator[Any]:
         yield from container
 
 
-def _first_line(error: Exception) -> str:
+def _first_sentence(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0].split('. ')[0]}" if lines else type(error).__name__
 
 
 # ---- torch.fx --------------------------------------------------------------------------------------------------------
@@ -160,6 +191,11 @@ class _Tracer(fx.Tracer):
         self.constants: dict[str, Tensor] = {}
         self._buffers = {id(b): name for name, b in model.named_buffers()}
         self._stack = [""]
+        self._modes = _modes()
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        # the batch alone: optional arguments keep their defaults, or `if labels is not None` would see a proxy
+        return lambda root, x: root.forward(x), [self.root, self.create_proxy("placeholder", "x", (), {})]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m)
@@ -196,23 +232,24 @@ class _Tracer(fx.Tracer):
         return out
 
     def create_node(self, *args, **kwargs):
+        if self._modes != _modes():
+            raise UnsupportedModelError(
+                f"{self._stack[-1] or 'the model'}: forward switches gradients or autocast on or off, which a program of the "
+                "whole network cannot follow. Freeze layers with requires_grad_(False), and put autocast around the call."
+            )
         node = super().create_node(*args, **kwargs)
         self.owners[node] = self._stack[-1]
         return node
 
 
+def _modes() -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+
+
 def _capture_fx(model: nn.Module) -> Captured:
-    signature = list(inspect.signature(model.forward).parameters.values())
-    if not signature:
-        raise UnsupportedModelError(f"{type(model).__name__}.forward takes no input: it must take the batch [N, C_in, ...]")
-    # optional arguments keep their defaults, or `if labels is not None` would see a Proxy
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    concrete = {
-        p.name: p.default for p in signature[1:] if p.default is not inspect.Parameter.empty and p.kind not in variadic
-    }
     state, python_state = torch.get_rng_state(), random.getstate()
     tracer = _Tracer(model)
-    graph = tracer.trace(model, concrete_args=concrete)
+    graph = tracer.trace(model)
     if not torch.equal(state, torch.get_rng_state()) or python_state != random.getstate():
         raise RuntimeError("forward draws random numbers, which this trace would fix for ever")
     return Captured(graph, {}, tracer.constants, tracer.module_outputs, tracer.owners)
@@ -223,6 +260,9 @@ def _capture_fx(model: nn.Module) -> Captured:
 
 def _capture_export(model: nn.Module, example_input: Tensor, fx_reason: str) -> Captured:
     example = example_input if example_input.shape[0] > 1 else torch.cat([example_input] * 2)  # 1 would be a constant
+    for module in model.modules():  # a cumulative average is a number that only the run knows: the module keeps it
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
+            module.momentum = 0.0
     try:
         with torch.no_grad():
             dynamic = ({0: torch.export.Dim("batch", min=1)},)
@@ -230,15 +270,16 @@ def _capture_export(model: nn.Module, example_input: Tensor, fx_reason: str) -> 
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} can be traced neither by torch.fx ({fx_reason}) nor by torch.export "
-            f"({_first_line(error)}). Let its forward not depend on the values or the size of the batch, or wrap only the "
+            f"({_first_sentence(error)}). Let its forward not depend on the values or the size of the batch, or wrap only the "
             "part of the model that classifies."
         ) from error
     signature = program.graph_signature
     params = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = {name: program.constants[target] for name, target in signature.inputs_to_lifted_tensor_constants.items()}
     _keep_logits(program)
-    stacks = {node: _stack(node) for node in program.graph.nodes}
-    _call_leaves(model, program.graph, stacks, set(params))
+    modules = {path for path, _ in model.named_modules()}
+    stacks = {node: [entry for entry in _stack(node) if entry[1] in modules] for node in program.graph.nodes}
+    _call_leaves(model, program.graph, stacks, {*params, *constants})
     owners, outputs = {}, {}
     for node in program.graph.nodes:
         paths = [path for _, path in stacks[node]]
@@ -273,22 +314,27 @@ def _keep_logits(program: torch.export.ExportedProgram) -> None:
 def _call_leaves(model: nn.Module, graph: fx.Graph, stacks: dict[fx.Node, list], params: set[str]) -> None:
     """Put the aten ops of a layer back together as a call of its module, as fx sees it."""
     groups: dict[str, tuple[int, list[fx.Node]]] = {}
+    activations: set[fx.Node] = set()  # what depends on the model's input
     for node in graph.nodes:
+        given = node.op == "placeholder" and node.name not in params
+        if given or ("sym_" not in str(node.target) and not activations.isdisjoint(node.all_input_nodes)):
+            activations.add(node)
         for depth, (key, path) in enumerate(stacks[node]):
             if path and is_leaf(model.get_submodule(path)):
                 groups.setdefault(key, (depth, []))[1].append(node)
                 break
     for depth, nodes in groups.values():
         inside = set(nodes)
-        inputs = [n for node in nodes for n in node.all_input_nodes if n not in inside and n.name not in params]
-        results = [n for n in nodes if any(user not in inside for user in n.users) and "sym_" not in str(n.target)]
+        inputs = [n for node in nodes for n in node.all_input_nodes if n not in inside and n in activations]
+        results = [n for n in nodes if n in activations and any(user not in inside for user in n.users)]
         if not results:
             continue
         path = stacks[nodes[0]][depth][1]
         with graph.inserting_after(results[-1]):
             call = graph.create_node("call_module", path, tuple(dict.fromkeys(inputs)))
         stacks[call] = stacks[nodes[0]][: depth + 1]
+        activations.add(call)
         results[-1].replace_all_uses_with(call)
-        for node in reversed(nodes):
-            if not node.users:
-                graph.erase_node(node)
+    for node in reversed([node for _, nodes in groups.values() for node in nodes]):
+        if not node.users:
+            graph.erase_node(node)

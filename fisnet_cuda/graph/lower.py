@@ -91,10 +91,11 @@ class Builder:
             users = self.users[index]
             alone = len(users) == 1 and index not in self.keep and index != self.graph.output
             norm = self.graph.nodes[users[0]] if alone else None
-            if node.kind in LINEAR and alone and norm.kind == "batch_norm":
-                # behind a dense layer BatchNorm has the same channels only where there is no other axis
-                if node.kind == "conv" or node.attrs.get("features", 0) == norm.attrs.get("features", 1):
-                    merged[index] = users[0]
+            if node.kind not in LINEAR or not alone or norm.kind != "batch_norm":
+                continue
+            # behind a dense layer BatchNorm has the same channels only where there is no other axis
+            if node.kind == "conv" or node.attrs.get("features", 0) == norm.attrs.get("features", 1):
+                merged[index] = users[0]
         return merged
 
     def slot(self) -> int:
@@ -381,7 +382,8 @@ def lower(
             before = {source: len(stream.contributions.get(source, [])) for source in node.inputs}
             b.kinds[node.kind].relevance(b, index, node, stream)
             if taps:
-                tapped.append((index, stream, before))
+                given = {v: slice(n, len(stream.contributions.get(v, []))) for v, n in before.items()}
+                tapped.append((index, stream, given))
     heatmaps = {}
     for stream in b.streams:
         if not stream.has(0):
@@ -396,14 +398,14 @@ def lower(
     )
 
 
-def _tap(b: Builder, index: int, stream: Stream, before: dict[int, int]) -> tuple[str, str, int, tuple[int, ...]]:
+def _tap(b: Builder, index: int, stream: Stream, given: dict[int, slice]) -> tuple[str, str, int, tuple[int, ...]]:
     """Slots of a node's relevance, coming in at its output and handed on to its inputs by it alone."""
     node = b.graph.nodes[index]
     out = stream.take_R(index, node.name).index
     handed = []
-    for source, count in before.items():
+    for source, own in given.items():
         alone = Stream(b, stream.spec)
-        for form, slot in stream.contributions.get(source, [])[count : count + node.inputs.count(source)]:
+        for form, slot in stream.contributions.get(source, [])[own]:
             alone.give(source, form, slot)
         if alone.has(source):
             handed.append(alone.take_R(source, node.name).index)
@@ -417,10 +419,8 @@ def _start_from_all(b: Builder, stream: Stream) -> None:
         index = b.graph.nodes[index].inputs[0]
     if b.graph.nodes[index].kind in LINEAR:
         stream.give(index, "all", None)
-    else:  # the logits are not a linear map's output (a global pool, say): their positive part
-        logits = Slot(b.graph.output)
-        R = b.emit("logits", ZPlus(), "part", _part, (logits,))
-        stream.give(b.graph.output, "R", R)
+    else:  # a global pool, say
+        stream.give(index, "R", stream.sums(index)[0])
 
 
 def _resolve(operand: Any) -> Any:

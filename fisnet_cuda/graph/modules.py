@@ -24,8 +24,10 @@ LEAVES: tuple[type[nn.Module], ...] = (
 def leaf_type(module: nn.Module) -> type[nn.Module] | None:
     """The table's type that ``module`` computes like, or None.
 
-    A user's subclass counts only while it keeps the layer's own forward; one with a forward of its own is traced.
+    A user's subclass counts only while it keeps the layer's own forward; a layer with a forward of its own is traced.
     """
+    if "forward" in vars(module):  # replaced on the instance
+        return None
     for base in LEAVES:
         if not isinstance(module, base):
             continue
@@ -41,4 +43,5 @@ def is_leaf(module: nn.Module) -> bool:
     if hasattr(module, "lrp_expand") or leaf_type(module) is not None:
         return True
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    return type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, containers)
+    torchs_own = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, containers)
+    return torchs_own and "forward" not in vars(module)

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
 from ..reference import conv_geometry, linear_geometry
 from .capture import Captured
@@ -41,8 +41,8 @@ def follow_modes(train: Graph, evaluate: Graph) -> tuple[Graph, Graph]:
     ``F.dropout(x, training=self.training)`` is traced as True in train and as False in eval mode: it then follows the module
     that makes the call, whose mode may differ from the model's (a frozen part).
     """
-    flags = [{n.name: n.attrs["training"] for n in g.nodes if isinstance(n.attrs.get("training"), bool)} for g in (train, evaluate)]
-    following = {name for name, flag in flags[0].items() if flag and flags[1].get(name) is False}
+    flags, off = ({n.name: n.attrs.get("training") for n in g.nodes} for g in (train, evaluate))
+    following = {name for name, flag in flags.items() if flag is True and off.get(name) is False}
 
     def follow(node: Node) -> Node:
         if node.name not in following:
@@ -252,7 +252,7 @@ class _Normaliser(Reader):
     mod_Mish = _activation_module("mish")
 
     def with_indices(self, name: str):
-        return self.unsupported(f"{name} with return_indices=True", "the program keeps the indices", "Use return_indices=False.")
+        return self.unsupported(f"{name} with return_indices=True", "indices carry no relevance", "Leave it out.")
 
     def _max_pool(self, m: nn.Module, path: str, x: Ref) -> Ref:
         if m.return_indices:
@@ -452,7 +452,8 @@ class _Normaliser(Reader):
     def copies(self, x: Ref, counts: tuple, name: str, keep: int) -> Ref:
         """A grey image repeated over the channels, and the like: a concatenation of one value with itself."""
         if not all(isinstance(n, int) for n in counts) or counts[0] != keep:
-            raise self.unsupported(f"{name}{counts}", f"sizes must be numbers, {keep} for the batch", "Use torch.cat([x, x], 1).")
+            why = f"sizes must be numbers, {keep} for the batch"
+            raise self.unsupported(f"{name}{counts}", why, "Use torch.cat([x, x], 1).")
         for dim, count in enumerate(counts):
             if count not in (keep, 1):
                 one = [count if d == dim else keep for d in range(len(counts))]

@@ -25,10 +25,11 @@ _OPERATORS = {
     operator.floordiv: "floordiv", operator.getitem: "getitem", operator.neg: "neg", getattr: "getattr",
 }  # fmt: skip
 # read the shape, type or place of an activation, not its values
-_ABOUT = frozenset(
-    "size shape dim numel ndim ndimension nelement stride sym_size sym_numel sym_stride is_floating_point is_contiguous "
-    "new_empty new_zeros new_ones new_full zeros_like ones_like empty_like full_like rand_like randn_like".split()
-)
+_ABOUT = frozenset((
+    "size", "shape", "dim", "numel", "ndim", "ndimension", "nelement", "stride", "sym_size", "sym_numel", "sym_stride",
+    "is_floating_point", "is_contiguous", "new_empty", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like",
+    "empty_like", "full_like", "rand_like", "randn_like",
+))  # fmt: skip
 _ABOUT_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "is_cuda")
 _CHECKS = ("_assert", "sym_constrain")
 # kinds whose value may share memory with their input
@@ -117,17 +118,7 @@ class Reader:
             return Param(self.captured.params[node.name])
         if node.name in self.captured.constants:
             return self.captured.constants[node.name]
-        if not self.nodes:
-            return self.add("input", (), name="input")
-        name = str(node.target)
-        if name.startswith("*"):
-            return {} if name.startswith("**") else ()
-        if node.args:  # an optional argument: its default
-            return node.args[0]
-        raise UnsupportedModelError(
-            f"forward takes a second input, {name!r}. Give it a default, or wrap the model in a module "
-            "whose forward takes the batch alone."
-        )
+        return None if self.nodes else self.add("input", (), name="input")  # optional arguments that torch.export lists
 
     def attribute(self, path: str) -> Any:
         if path in self.captured.constants:

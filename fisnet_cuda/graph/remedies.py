@@ -18,7 +18,10 @@ _DEFAULT = Remedy(
 )
 _PRODUCT = "relevance through a product of two activations is not defined here"
 _ATTENTION = Remedy("attention has no LRP rule here", "Use a network without attention.")
-_LOGITS = "inside a network it is a gate or attention; at its end the losses apply it themselves"
+_LOGITS = Remedy(
+    "at the end of a network the losses apply it themselves; inside, it is a gate or attention",
+    "Return the logits, or use the network's variant without gates.",
+)
 
 # op names as torch.fx, torch.export and torch.nn spell them
 _TABLE: tuple[tuple[str, Remedy], ...] = (
@@ -32,7 +35,7 @@ _TABLE: tuple[tuple[str, Remedy], ...] = (
     (
         "softmax log_softmax softmin logsumexp Softmax Softmax2d LogSoftmax Softmin sigmoid logsigmoid hardsigmoid Sigmoid "
         "LogSigmoid Hardsigmoid",
-        Remedy(_LOGITS, "Return the logits."),
+        _LOGITS,
     ),
     (
         "gt lt ge le eq ne where masked_fill maximum minimum max min amax amin",
@@ -59,6 +62,6 @@ def remedy(op: str) -> Remedy:
 
     Example:
         >>> remedy("Softmax").do
-        'Return the logits.'
+        "Return the logits, or use the network's variant without gates."
     """
     return _BY_NAME.get(op, _DEFAULT)

@@ -62,6 +62,7 @@ def relevance(
     """
     net = _explainer(model, x, rules, backend, example_input)
     if target is None:
+        net._check_input(x)
         with torch.no_grad():
             target = _top(net, x)
     return net._explain(x, target, False).heatmaps
@@ -140,7 +141,8 @@ def check_conservation(
     """Whether relevance adds up, layer by layer: what comes out of a layer goes into its inputs, or into a bias or epsilon.
 
     Args:
-        model, x, target, rules: as in `relevance`; use float64 for a sharp check.
+        model, x, rules: as in `relevance`; use float64 for a sharp check.
+        target: the class whose logit is explained: ``[N]``, one int, or None for the top logit.
         tolerance: relative to the relevance of the layer; a lossless layer beyond it is a violation.
 
     Returns:
@@ -153,22 +155,28 @@ def check_conservation(
         ()
     """
     inner = _model_of(model)
-    graph = build_graph(inner, False, x if isinstance(x, Tensor) else None)
+    net = _explainer(inner, x, rules, "auto", None)
+    net._check_input(x)
+    graph = build_graph(inner, False, x)
     program = Program(graph, (StreamSpec("epsilon", resolve(rules)),), taps=True)
     with torch.no_grad():
         env = program.run_forward(inner, x, False)
         logits = env[program.lowered.logits]
-        index = logits.argmax(1) if target is None else torch.as_tensor(target, device=x.device).expand(x.shape[0])
-        g = torch.zeros_like(logits).scatter_(1, index.unsqueeze(1), 1.0)
+        index = logits.argmax(1, keepdim=True) if target is None else net._target(target, logits, True)
+        if index.shape[1] != 1:
+            raise ValueError(f"target must be [N] or an int: one class a sample, got {tuple(index.shape)}")
+        g = torch.zeros_like(logits).scatter_(1, index, 1.0)
         explained = float((g * logits).sum() / max(len(x), 1))
         env = program.run_relevance(env, {"epsilon": g})
         rows, violations = [], []
         kinds = {node.name: node.kind for node in graph.nodes}
+        # under z+ pools and sums have a denominator of their own, and conversions into relevance per unit too
+        dividing = {i.layer for i in program.lowered.relevance if i.op == "ratio" or i.op.endswith("z+")}
         for name, _, out_slot, handed in program.lowered.taps:
             out = float(env[out_slot].sum()) / max(len(x), 1)
             into = sum(float(env[slot].sum()) for slot in handed) / max(len(x), 1)
             size = float(env[out_slot].abs().sum()) / max(len(x), 1)
-            lossless = kinds[name] in _LOSSLESS
+            lossless = kinds[name] in _LOSSLESS and name not in dividing
             rows.append(LayerConservation(name, kinds[name], out, into, out - into, lossless))
             if lossless and abs(out - into) > tolerance * max(size, 1e-12):
                 violations.append(name)

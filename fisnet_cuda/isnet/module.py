@@ -341,8 +341,8 @@ class ISNet(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # inside another module: its keys come without "model.", as `state_dict` writes them
-        for key in [k for k in state_dict if k.startswith(prefix) and not k.startswith(f"{prefix}model.")]:
-            state_dict[f"{prefix}model.{key[len(prefix):]}"] = state_dict.pop(key)
+        own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+        state_dict.update({f"{prefix}model.{key[len(prefix):]}": value for key, value in own.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

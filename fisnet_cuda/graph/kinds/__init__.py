@@ -78,6 +78,7 @@ def wants_R(stream, value: int) -> bool:
         return isinstance(stream.rule(value), ZPlus)
     if node.kind == "activation":
         return True
-    if node.kind in ("norm", "add", "pool_max", "pool_avg", "constant") or (node.kind == "linear_map" and not linear_map.copies(node)):
+    mixes = node.kind in ("norm", "add", "pool_max", "pool_avg", "constant")
+    if mixes or (node.kind == "linear_map" and not linear_map.copies(node)):
         return isinstance(stream.rule(value), ZPlus)
     return any(wants_R(stream, source) for source in node.inputs)  # it passes on what it gets

@@ -157,8 +157,8 @@ def _general(b, index, node, stream, rule) -> None:
 def _fprop_2d(x, W, bias, geometry):
     if x.dim() != 2:
         raise ValueError(
-            f"BatchNorm1d with {W.shape[0]} features behind a Linear with as many outputs is one layer for inputs [N, C] alone, "
-            f"got {tuple(x.shape)}: put a torch.nn.Identity between them"
+            f"BatchNorm1d with {W.shape[0]} features behind a Linear with as many outputs needs inputs [N, C], got "
+            f"{tuple(x.shape)}: which axis holds the channels is ambiguous there"
         )
     return ops.fprop(x, W, bias, geometry)
 

@@ -16,17 +16,32 @@ def forward(b, index, node) -> None:
 
 def relevance(b, index, node, stream) -> None:
     source = node.inputs[0]
+    if not _folds(b, node):
+        stream.settle(index, node.name)
     for form, slot in stream.contributions[index]:
         stream.give(source, form, tuple(_back(b, node, s) for s in slot) if form == "S" else _back(b, node, slot))
 
 
 def sums(stream, index, node) -> tuple:
-    """The two sums of z+ and the bias, moved as the value is."""
+    """``(P, two_sided, bias)`` for z+ through a BatchNorm after it: those of its input, moved as the value is."""
+    if not _folds(stream.b, node):
+        return stream.part(index)
+    P, two_sided, bias = stream.sums(node.inputs[0])
     fn, operands = _call(node)
-    if node.kind == "reshape":  # by its result's shape: the bias is of one sample
-        fn, operands = _reshape_sample, (stream.b.shape(index),)
-    parts = stream.sums(node.inputs[0])
-    return tuple(None if s is None else stream.b.emit(node.name, None, node.kind, fn, (s, *operands)) for s in parts)
+    P = P if node.kind in ("copy", "cast") else stream.b.emit(node.name, None, node.kind, fn, (P, *operands))
+    return P, two_sided, bias
+
+
+def _folds(b, node) -> bool:
+    """Whether a BatchNorm behind ``node`` folds into the map before it: a bias per channel cannot follow to other axes."""
+    return node.kind in ("copy", "cast") or not _has_bias(b, node.inputs[0])
+
+
+def _has_bias(b, index) -> bool:
+    node = b.graph.nodes[index]
+    if node.kind in ("conv", "linear"):
+        return node.attrs["bias"] is not None
+    return node.kind in ("concat", "copy", "cast") and any(_has_bias(b, source) for source in node.inputs)
 
 
 def bound(b, index, node, low, high) -> tuple:

@@ -1,0 +1,226 @@
+"""Dual's z+ map of networks whose parts meet in rarer ways, beside the independent oracle: values and gradients."""
+
+import oracles
+import pytest
+import torch
+from helpers import close, close_grads, rand, randomise
+from torch import nn
+
+import fisnet_cuda as fc
+
+E = 0.01
+CASES = {}
+
+
+def mean(v):
+    return v.mean((2, 3))
+
+
+def case(ops, shape=(3, 3, 6, 6), first_layers=("zb", "epsilon"), modes=(False, True), **others):
+    """Register a network beside its ops: words are layers in a row ("relu..." and "flatten" what they say), ``others`` what a
+    word means if not a layer, or ``(what, inputs)``."""
+
+    def register(cls):
+        CASES[cls.__name__] = cls, ops.split(), shape, first_layers, modes, others
+        return cls
+
+    return register
+
+
+class Net(nn.Module):
+    """Layers by name: what `layers` returns."""
+
+    def __init__(self):
+        super().__init__()
+        for name, layer in self.layers().items():
+            self.add_module(name, layer)
+
+
+def conv(c_in=4, c_out=4, **kwargs):
+    return nn.Conv2d(c_in, c_out, 3, **{"padding": 1, **kwargs})
+
+
+@case("conv relu mean bn1 relu1 head", mean=mean)
+class MeanThenBatchNorm(Net):
+    def layers(self):
+        return {"conv": conv(3), "bn1": nn.BatchNorm1d(4), "head": nn.Linear(4, 3)}
+
+    def forward(self, x):
+        return self.head(self.bn1(self.conv(x).relu().mean((2, 3))).relu())
+
+
+@case("conv mean bn1 relu1 head", mean=mean)
+class MeanOfSignedValuesThenBatchNorm(Net):
+    layers = MeanThenBatchNorm.layers
+
+    def forward(self, x):
+        return self.head(self.bn1(self.conv(x).mean((2, 3))).relu())
+
+
+@case("conv relu pool flatten bn1 head")
+class PoolFlattenBatchNorm(Net):
+    """The "BNNeck"."""
+
+    def layers(self):
+        return {
+            "conv": conv(3), "pool": nn.AvgPool2d(3), "bn1": nn.BatchNorm1d(16), "head": nn.Linear(16, 3)
+        }  # fmt: skip
+
+    def forward(self, x):
+        return self.head(self.bn1(self.pool(self.conv(x).relu()).flatten(1)))
+
+
+@case("conv flatten bn1 relu head", first_layers=["epsilon"])  # into z^B it would fold right behind the layer alone
+class FlattenBatchNorm(Net):
+    def layers(self):
+        return {"conv": conv(3, 2, bias=False), "bn1": nn.BatchNorm1d(72), "head": nn.Linear(72, 3)}
+
+    def forward(self, x):
+        return self.head(self.bn1(self.conv(x).flatten(1)).relu())
+
+
+@case("conv relu conv2 add bn relu2 mean head", add=("add", ("conv2", "relu")), mean=mean)
+class BatchNormBehindASum(Net):
+    def layers(self):
+        return {"conv": conv(3), "conv2": conv(), "bn": nn.BatchNorm2d(4), "head": nn.Linear(4, 3)}
+
+    def forward(self, x):
+        x = self.conv(x).relu()
+        return self.head(self.bn(self.conv2(x) + x).relu().mean((2, 3)))
+
+
+@case("conv bn relu half conv2 minus relu2 flatten head", half=lambda v: 0.5 * v, minus=lambda v: -0.7 * v)
+class Scales(Net):
+    def layers(self):
+        return {"conv": conv(3), "bn": nn.BatchNorm2d(4), "conv2": conv(), "head": nn.Linear(144, 3)}
+
+    def forward(self, x):
+        x = self.bn(self.conv(x)).relu() * 0.5
+        return self.head((self.conv2(x) * -0.7).relu().flatten(1))
+
+
+@case("conv pool bn relu mean head", mean=mean)
+class BatchNormBehindASignedPool(Net):
+    def layers(self):
+        return {"conv": conv(3), "pool": nn.AvgPool2d(2, 1), "bn": nn.BatchNorm2d(4), "head": nn.Linear(4, 3)}
+
+    def forward(self, x):
+        return self.head(self.bn(self.pool(self.conv(x))).relu().mean((2, 3)))
+
+
+@case("fc bn relu fc2 bn2 relu2 head", shape=(5, 6))
+class Dense(Net):
+    """The first layer's BatchNorm is part of z^B, behind a dense layer too."""
+
+    def layers(self):
+        return {
+            "fc": nn.Linear(6, 8), "bn": nn.BatchNorm1d(8), "fc2": nn.Linear(8, 7, bias=False), "bn2": nn.BatchNorm1d(7),
+            "head": nn.Linear(7, 3),
+        }  # fmt: skip
+
+    def forward(self, x):
+        return self.head(self.bn2(self.fc2(self.bn(self.fc(x)).relu())).relu())
+
+
+@case("conv relu conv2 gn relu2 flatten head", modes=[False])
+class GroupNorm(Net):
+    def layers(self):
+        return {"conv": conv(3), "conv2": conv(), "gn": nn.GroupNorm(2, 4), "head": nn.Linear(144, 3)}
+
+    def forward(self, x):
+        return self.head(self.gn(self.conv2(self.conv(x).relu())).relu().flatten(1))
+
+
+@case("fc relu fc2 ln relu2 flatten head", shape=(3, 2, 6), modes=[False])
+class LayerNorm(Net):
+    def layers(self):
+        return {"fc": nn.Linear(6, 5), "fc2": nn.Linear(5, 4), "ln": nn.LayerNorm(4), "head": nn.Linear(8, 3)}
+
+    def forward(self, x):
+        return self.head(self.ln(self.fc2(self.fc(x).relu())).relu().flatten(1))
+
+
+@case("conv relu out mean", mean=mean)
+class LogitsFromAMean(Net):
+    def layers(self):
+        return {"conv": conv(3), "out": conv(4, 3)}
+
+    def forward(self, x):
+        return self.out(self.conv(x).relu()).mean((2, 3))
+
+
+@case("conv relu out pool flatten")
+class LogitsFromAPool(Net):
+    def layers(self):
+        return {"conv": conv(3), "out": conv(4, 3), "pool": nn.AvgPool2d(6)}
+
+    def forward(self, x):
+        return self.pool(self.out(self.conv(x).relu())).flatten(1)
+
+
+def oracle(model, words, others):
+    found, last = [], "x"
+    for word in words:
+        what, inputs = others.get(word), last
+        if isinstance(what, tuple):
+            what, inputs = what
+        if what is None:
+            what = "relu" if word.startswith("relu") else word if word == "flatten" else model.get_submodule(word)
+        found.append((word, what, inputs))
+        last = word
+    return oracles.Net(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "training", "first_layer"),
+    [(n, mode, first) for n, (_, _, _, firsts, modes, _) in CASES.items() for mode in modes for first in firsts],
+)
+def test_against_the_oracle(name, training, first_layer):
+    cls, words, shape, _, _, others = CASES[name]
+    model = randomise(cls(), 3).train(training)
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):  # a scale of 0 is a kink of the positive part
+            m.weight.data = torch.where(m.weight == 0, 0.5, m.weight)
+    x = rand(*shape, seed=1)
+    net = fc.ISNet(model, variant="dual", eps=E, first_layer=first_layer)
+    out = net(x, relevance=True)
+    want = oracles.explain_zplus(oracle(model, words, others), x, E, first_layer="zb" if first_layer == "zb" else "zplus")
+    assert want.heatmaps.any()
+    close(out.logits, want.logits, what="logits")
+    close(out.heatmaps[:, :1], want.heatmaps, what="heatmap")
+    weights = rand(*want.heatmaps.shape, seed=2, low=-1.0)
+    params = dict(model.named_parameters())
+    found = []
+    for R in (out.heatmaps[:, :1], want.heatmaps):
+        grads = torch.autograd.grad((R * weights).sum(), list(params.values()), allow_unused=True, retain_graph=True)
+        found.append({n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), grads)})
+    close_grads(*found)
+
+
+def test_shift_by_a_constant():
+    """x + c: the constant is a bias, its positive part takes a share."""
+    first, head = nn.Linear(4, 3).double(), nn.Linear(3, 1).double()
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = first, head
+
+        def forward(self, x):
+            return self.head(self.first(x).relu() - 0.2 + 0.3)
+
+    x = rand(5, 4)
+    a = first(x).relu()
+    values = [a, a - 0.2, a + 0.1]
+    W, W_minus = head.weight.clamp(min=0), head.weight.clamp(max=0)
+    up, down = values[2].clamp(min=0), values[2].clamp(max=0)
+    R = up @ W.T + down @ W_minus.T + head.bias.clamp(min=0)  # the start
+    R = (up * W + down * W_minus) * R / (R + E)
+    R = values[1].clamp(min=0) * R / (values[1].clamp(min=0) + 0.3 + E)
+    R = a * R / (a + E)
+    P, P_minus = first.weight.clamp(min=0), first.weight.clamp(max=0)
+    want = x.clamp(min=0) * ((R / (x @ P.T + first.bias.clamp(min=0) + E)) @ P)
+    assert not (x < 0).any()
+    assert P_minus.any()
+    got = fc.ISNet(Shifted(), variant="dual", first_layer="epsilon", eps=E)(x, relevance=True).heatmaps[:, 0]
+    close(got, want, what="heatmap")
