@@ -29,9 +29,8 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Union
 
-Bound = Union[float, tuple[float, ...]]
+Bound = float | tuple[float, ...]
 
 
 def _check_eps(eps: float, minimum: float = 0.0) -> None:
@@ -172,7 +171,7 @@ class Flat:
         _check_eps(self.eps)
 
 
-Rule = Union[Epsilon, ZPlus, ZB, Gamma, AlphaBeta, WSquare, Flat]
+Rule = Epsilon | ZPlus | ZB | Gamma | AlphaBeta | WSquare | Flat
 RULES = (Epsilon, ZPlus, ZB, Gamma, AlphaBeta, WSquare, Flat)
 
 

@@ -93,7 +93,8 @@ def _bn_add_relu(p: _Program, position: int) -> None:
         if bn_at is not None and p.only_reader(summand.index, add_at):
             bn = p.instrs[bn_at]
             operands = (*bn.operands, skip, True)
-            p.replace(position, replace(bn, op="bn_add_relu", operands=operands, outs=(relu.outs[0], *bn.outs[1:])), add_at, bn_at)
+            fused = replace(bn, op="bn_add_relu", operands=operands, outs=(relu.outs[0], *bn.outs[1:]))
+            p.replace(position, fused, add_at, bn_at)
             return
 
 
@@ -181,7 +182,15 @@ def _dual_phi(p: _Program, position: int) -> None:
         return
 
 
-PATTERNS: tuple[Callable[[_Program, int], None], ...] = (_bn_add_relu, _bn_relu, _linear_relu, _phi_bn, _phi_bn_rest, _times_zb, _dual_phi)
+PATTERNS: tuple[Callable[[_Program, int], None], ...] = (
+    _bn_add_relu,
+    _bn_relu,
+    _linear_relu,
+    _phi_bn,
+    _phi_bn_rest,
+    _times_zb,
+    _dual_phi,
+)
 
 
 def _fprop_relu(x: Tensor, W: Tensor, bias: Tensor | None, geometry: ops.Geometry) -> Tensor:

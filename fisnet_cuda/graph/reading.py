@@ -68,11 +68,6 @@ def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module(*args, **kwargs)
 
 
-def itself(value: Any) -> Any:
-    """A parametrized weight, computed when it is read."""
-    return value
-
-
 class Reader:
     """Reads a `Captured` graph node by node; subclasses have ``op_<name>`` and ``mod_<TypeName>`` methods."""
 
@@ -262,11 +257,11 @@ class Reader:
             )
 
     def weight(self, path: str, name: str) -> Param | Host | None:
-        """A parameter or buffer of a layer, or None; computed once a run where it is parametrized."""
+        """A parameter or buffer of a layer, or None; where it is parametrized, computed once a call of the layer."""
         module = self.model.get_submodule(path)
         where = f"{path}.{name}"
         if parametrize.is_parametrized(module, name):
-            return self.later(itself, (Param(where),), {}, name=where)
+            return self.later(getattr, (Param(path), name), {}, name=where)
         return Param(where) if getattr(module, name, None) is not None else None
 
     def where(self) -> str:

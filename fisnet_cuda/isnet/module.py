@@ -215,7 +215,7 @@ class ISNet(nn.Module):
     def _relevance(
         self, program: Program, env: list[Any], starts: Mapping[str, Tensor | None]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        n = env[0].shape[0]
+        n = env[program.lowered.logits].shape[0]
         folded = {name: None if g is None else g.flatten(0, 1) for name, g in starts.items()}
         env = program.run_relevance(env, folded)
         lowered = program.lowered

@@ -119,7 +119,8 @@ def transposed(
 
 def _compute_dtype(s: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on (forward and backward then see the same one), else that of ``s``."""
-    if s.is_floating_point() and torch.is_autocast_enabled(s.device.type) and s.dtype != torch.float64:
+    device = s.device.type
+    if device != "meta" and s.is_floating_point() and torch.is_autocast_enabled(device) and s.dtype != torch.float64:
         return torch.get_autocast_dtype(s.device.type)
     return s.dtype
 

@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 from .. import reference
 from .._backend import kernel
 
-
 # The Functions here take ctx in forward: with setup_context, torch binds the arguments by signature at every call, 14 us
 # that small networks (and CUDA launches) would wait for.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .phi import channel_dot, channel_view, ratio_backward
+from .phi import channel_dot, channel_view, per_sample, ratio_backward
 
 
 def plus_affine(
@@ -27,10 +27,9 @@ def plus_affine(
         den.addcmul_(u, channel_view(-k_minus, P)).clamp_(min=eps)
     if eps == 0:
         den = torch.where(den == 0, 1.0, den)
-    if R.shape[0] == P.shape[0]:
-        s = R / den
-    else:
-        s = (R.unflatten(0, (P.shape[0], -1)) / den.unsqueeze(1)).flatten(0, 1)
+    R_k, den_k = per_sample(R, den)
+    s = R_k / den_k
+    s = s.flatten(0, 1) if s.dim() > P.dim() else s
     plus = s * channel_view(k.clamp(min=0), s)
     return plus, None if u is None else s * channel_view(k_minus, s), s, den
 
