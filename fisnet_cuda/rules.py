@@ -33,9 +33,13 @@ from dataclasses import dataclass, replace
 Bound = float | tuple[float, ...]
 
 
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def _check_eps(eps: float, minimum: float = 0.0) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    _check_number("eps", eps)
     if not math.isfinite(eps) or eps < minimum:
         raise ValueError(f"eps must be finite and >= {minimum:g}, got {eps}")
 
@@ -94,8 +98,12 @@ class ZB:
         _check_eps(self.eps)
         for name in ("low", "high"):
             value = getattr(self, name)
+            if isinstance(value, str) or not (isinstance(value, (int, float)) or hasattr(value, "__iter__")):
+                raise TypeError(f"{name} must be a number or one per channel, got {type(value).__name__}")
             if not isinstance(value, (int, float)):
                 object.__setattr__(self, name, tuple(float(v) for v in value))
+                if not getattr(self, name):
+                    raise ValueError(f"{name} must be a number or one per channel, got an empty {type(value).__name__}")
         low, high = _as_tuple(self.low), _as_tuple(self.high)
         if len(low) > 1 and len(high) > 1 and len(low) != len(high):
             raise ValueError(f"low has {len(low)} channels and high has {len(high)}: give one number or one per channel")
@@ -120,6 +128,7 @@ class Gamma:
 
     def __post_init__(self) -> None:
         _check_eps(self.eps)
+        _check_number("gamma", self.gamma)
         if not self.gamma >= 0:
             raise ValueError(f"gamma must be >= 0, got {self.gamma}")
 
@@ -139,6 +148,8 @@ class AlphaBeta:
 
     def __post_init__(self) -> None:
         _check_eps(self.eps)
+        for name in ("alpha", "beta"):
+            _check_number(name, getattr(self, name))
         if self.alpha < 0 or self.beta < 0 or not math.isclose(self.alpha - self.beta, 1.0):
             raise ValueError(f"alpha - beta must be 1 with both >= 0, got alpha={self.alpha}, beta={self.beta}")
 
@@ -197,7 +208,9 @@ class RuleMap:
 
     def __post_init__(self) -> None:
         for where, rule in (("conv", self.conv), ("linear", self.linear), ("first", self.first), *self.layers):
-            if rule is not None and not isinstance(rule, RULES):
+            if not isinstance(where, str):
+                raise TypeError(f"rules: a layer's name must be a str, got {type(where).__name__}")
+            if not isinstance(rule, RULES) and not (where == "first" and rule is None):
                 names = ", ".join(r.__name__ for r in RULES)
                 raise TypeError(f"rules: {where!r} must be one of {names}, got {rule!r}")
 

@@ -42,9 +42,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "minutes on two cores.",
     )
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder to write to [%(default)s]")
-    parser.add_argument(
-        "--quick", action="store_true", help="seconds, to see that it runs; says nothing of the method"
-    )
+    parser.add_argument("--quick", action="store_true", help="seconds, to see that it runs; says nothing of the method")
     parser.add_argument("--seed", type=int, default=0, help="draws weights, images and split [%(default)s]")
     parser.add_argument(
         "--papers-epsilon",
@@ -88,10 +86,7 @@ def _run(out: Path, quick: bool, seed: int, papers_epsilon: bool) -> None:
     ]
     if papers_epsilon:
         plan.append(("Selective, papers", "selective", train.PAPERS_EPSILON))
-    nets = [
-        train.train(name, variant, recipe, train_originals, tests, seed, epsilon)
-        for name, variant, epsilon in plan
-    ]
+    nets = [train.train(name, variant, recipe, train_originals, tests, seed, epsilon) for name, variant, epsilon in plan]
     times = classes.measure((2, 10), original_up_to=10, repetitions=3) if quick else classes.measure()
 
     heatmaps = figures.heatmaps_figure(nets, tests, out / "heatmaps.png")

@@ -161,9 +161,7 @@ def render(
     return Batch((digits + _draw_squares(shown, canvas)).clamp_(0, 1), labels, masks, shown)
 
 
-def training_batches(
-    originals: Originals, batch_size: int, steps: int, seed: int, canvas: Canvas | None = None
-) -> Iterator[Batch]:
+def training_batches(originals: Originals, batch_size: int, steps: int, seed: int, canvas: Canvas | None = None) -> Iterator[Batch]:
     """Yields ``steps`` biased batches, every image drawn anew."""
     generator = torch.Generator().manual_seed(seed)
     queue = torch.empty(0, dtype=torch.int64)
@@ -174,14 +172,10 @@ def training_batches(
         queue = queue[batch_size:]
 
 
-def evaluation_sets(
-    originals: Originals, variants: int, seed: int, canvas: Canvas | None = None
-) -> dict[Marks, Batch]:
+def evaluation_sets(originals: Originals, variants: int, seed: int, canvas: Canvas | None = None) -> dict[Marks, Batch]:
     """Draws every test scan ``variants`` times; the three sets differ in their squares only."""
     picks = torch.arange(len(originals)).repeat(variants)
-    return {
-        marks: render(originals, picks, marks, torch.Generator().manual_seed(seed), canvas) for marks in MARKS
-    }
+    return {marks: render(originals, picks, marks, torch.Generator().manual_seed(seed), canvas) for marks in MARKS}
 
 
 def _draw_digits(pixels: torch.Tensor, generator: torch.Generator, canvas: Canvas) -> torch.Tensor:
@@ -204,12 +198,8 @@ def _draw_digits(pixels: torch.Tensor, generator: torch.Generator, canvas: Canva
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
     theta = torch.stack(
         [
-            torch.stack(
-                [cos * canvas.field, sin * canvas.height, -2 * (cos * shift_x + sin * shift_y)], dim=1
-            ),
-            torch.stack(
-                [-sin * canvas.field, cos * canvas.height, -2 * (cos * shift_y - sin * shift_x)], dim=1
-            ),
+            torch.stack([cos * canvas.field, sin * canvas.height, -2 * (cos * shift_x + sin * shift_y)], dim=1),
+            torch.stack([-sin * canvas.field, cos * canvas.height, -2 * (cos * shift_y - sin * shift_x)], dim=1),
         ],
         dim=1,
     )

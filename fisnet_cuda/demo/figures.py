@@ -89,9 +89,7 @@ def heatmaps_figure(nets: Sequence[Trained], tests: dict[Marks, Batch], path: Pa
         row[0].set_ylabel(_row_text(batch), rotation=0, ha="right", va="center", fontsize=10, labelpad=8)
         for ax, net in zip(row[1:], nets):
             heatmap, predicted = explain(net.model, batch)[0], predict(net.model, batch).item()
-            ax.imshow(
-                (heatmap / heatmap.abs().max().clamp(min=1e-12)).numpy(), cmap="RdBu_r", vmin=-1, vmax=1
-            )
+            ax.imshow((heatmap / heatmap.abs().max().clamp(min=1e-12)).numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
             _outline(ax, batch.masks[0, 0], "0.45")
             correct = predicted == batch.labels.item()
             ax.set_title(
@@ -161,9 +159,7 @@ def classes_figure(times: Sequence[StepTime], path: Path) -> Path:
     _end_labels(ax, labels)
     figure.suptitle("What do heatmaps cost in training?", x=0.09, ha="left", fontsize=14, fontweight="bold")
     figure.text(0.09, 0.9, "Low is good, and flat is good: then more classes cost no more.", fontsize=10)
-    figure.text(
-        0.09, 0.86, "Line: median; band: 20th to 80th percentile. One CPU thread.", fontsize=9, color="0.35"
-    )
+    figure.text(0.09, 0.86, "Line: median; band: 20th to 80th percentile. One CPU thread.", fontsize=9, color="0.35")
     return _save(figure, path)
 
 
@@ -205,9 +201,7 @@ def _accuracy_bars(figure: Figure, nets: Sequence[Trained]) -> None:
         xticklabels=[net.name for net in nets],
     )
     ax.spines[["top", "right"]].set_visible(False)
-    ax.set_title(
-        "Accuracy on test digits. Good: three equal, tall bars", fontsize=12, fontweight="bold", pad=30
-    )
+    ax.set_title("Accuracy on test digits. Good: three equal, tall bars", fontsize=12, fontweight="bold", pad=30)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 0.99), ncols=3, fontsize=9, frameon=False)
 
 
@@ -217,9 +211,7 @@ def _end_labels(ax: Axes, labels: Sequence[tuple[float, float, str, str]]) -> No
     last_x, last_height = None, 0.0
     for x, y, text, colour in sorted(labels):
         height = max(y, last_height * spread) if x == last_x else y
-        ax.annotate(
-            text, (x, y), (x * 1.3, height), color=colour, va="center", fontsize=9.5, fontweight="bold"
-        )
+        ax.annotate(text, (x, y), (x * 1.3, height), color=colour, va="center", fontsize=9.5, fontweight="bold")
         last_x, last_height = x, height
 
 

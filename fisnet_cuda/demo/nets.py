@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 
-def small_net(
-    classes: int = 10, size: int | None = 32, widths: Sequence[int] = (16, 32, 64)
-) -> nn.Sequential:
+def small_net(classes: int = 10, size: int | None = 32, widths: Sequence[int] = (16, 32, 64)) -> nn.Sequential:
     """Three 3x3 convolutions, each followed by ReLU and a 2x2 max pool, and one linear layer.
 
     Args:

@@ -40,7 +40,5 @@ class Progress:
             if tenth == self.tenth:
                 return
             self.tenth = tenth
-            self.stream.write(
-                f"{self.label:<22} {done / self.total:4.0%} {now - self.start:4.0f} s  {note}\n"
-            )
+            self.stream.write(f"{self.label:<22} {done / self.total:4.0%} {now - self.start:4.0f} s  {note}\n")
         self.stream.flush()

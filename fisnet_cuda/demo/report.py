@@ -25,15 +25,13 @@ def nets_table(nets: Sequence[Trained]) -> str:
     lines = [
         "",
         f"{'':<18}{'accuracy, %: square is':<35}{'relevance in':>14}{'training':>12}",
-        f"{'':<18}{'biased':>8}{'unbiased':>11}{'confounded':>13}{'':<3}"
-        f"{'background, %':>14}{'step, ms':>12}",
+        f"{'':<18}{'biased':>8}{'unbiased':>11}{'confounded':>13}{'':<3}{'background, %':>14}{'step, ms':>12}",
         "-" * 79,
     ]
     for net in nets:
         biased, unbiased, confounded = (net.accuracy[marks] for marks in MARKS)
         lines.append(
-            f"{net.name:<18}{biased:8.1f}{unbiased:11.1f}{confounded:13.1f}{'':<3}"
-            f"{net.background_share:14.2f}{net.step_ms:12.1f}"
+            f"{net.name:<18}{biased:8.1f}{unbiased:11.1f}{confounded:13.1f}{'':<3}{net.background_share:14.2f}{net.step_ms:12.1f}"
         )
     return "\n".join(lines) + "\n"
 
@@ -49,10 +47,7 @@ def classes_table(times: Sequence[StepTime]) -> str:
     ]
     for kind in (PLAIN, *VARIANTS):
         cell = [cells.get((kind, count)) for count in counts]
-        texts = [
-            "not measured" if c is None else f"{c:.1f} ({c / cells[PLAIN, n]:.1f}x)"
-            for c, n in zip(cell, counts)
-        ]
+        texts = ["not measured" if c is None else f"{c:.1f} ({c / cells[PLAIN, n]:.1f}x)" for c, n in zip(cell, counts)]
         lines.append(f"{kind:<12}" + "".join(f"{text:>16}" for text in texts))
     return "\n".join(lines) + "\n"
 
@@ -64,9 +59,9 @@ def reading(nets: Sequence[Trained], quick: bool) -> str:
     lines = [_verdict(net) for net in nets]
     lines += [
         "",
-        f"LRP's epsilon is {EPSILON.eps:g} of each layer's own scale here. With a larger one, such as the",
-        "papers' 0.01, Selective takes the square back from some seeds, with hardly more relevance in the",
-        "background: try --papers-epsilon --seed 1. A quiet heatmap proves nothing by itself:",
+        f"LRP's epsilon is {EPSILON.eps:g} of each layer's own scale here. Selective may take the square",
+        "back, from some seeds and more so with the papers' epsilon (try --papers-epsilon --seed 1), with",
+        "hardly more relevance in the background. So a quiet heatmap proves nothing by itself:",
         "always test on data in which the shortcut is broken, as the confounded digits do here.",
     ]
     return "\n".join(lines) + "\n"

@@ -618,22 +618,33 @@ class _Normaliser(Reader):
 
     def op_getitem(self, x, index):
         parts = list(index) if isinstance(index, (tuple, list)) else [index]
-        if not all(p is Ellipsis or (isinstance(p, (slice, int)) and not isinstance(p, bool)) for p in parts):
-            raise self.unsupported("indexing", "only slices x[:, a:b] and numbers x[:, i] have a rule", "Use slices.")
+        if not all(p is None or p is Ellipsis or (isinstance(p, (slice, int)) and not isinstance(p, bool)) for p in parts):
+            raise self.unsupported("indexing", "only slices x[:, a:b], numbers x[:, i] and None have a rule", "Use those.")
         if parts[0] is not Ellipsis and parts[0] != slice(None):
             raise self.unsupported("indexing of axis 0", "it picks samples of the batch", "Leave axis 0 alone.")
+        # axes count from the front before an ellipsis and from the back after it, so the outer ones go last and first
         behind = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
-        axes = [(i if i < behind else i - len(parts), p) for i, p in enumerate(parts) if p is not Ellipsis]
-        # axes are counted from the front before an ellipsis and from the back after it: drop the late and the early ones first
-        front = [(d, p) for d, p in axes if d >= 0]
-        back = [(d, p) for d, p in axes if d < 0]
-        for dim, part in (*reversed(front), *back):
-            if isinstance(part, int):
-                x = self.op_select(x, dim, part)
-            elif part != slice(None):
-                self.check_step(part.step)
-                x = self.slice(x, dim, part.start or 0, part.stop)
+        axes = [p for p in parts[:behind] if p is not None]
+        for dim in reversed(range(len(axes))):
+            x = self.index(x, dim, axes[dim])
+        axes = [p for p in parts[behind + 1 :] if p is not None]
+        for dim in range(-len(axes), 0):
+            x = self.index(x, dim, axes[dim])
+        for position, part in enumerate(parts):
+            if part is None:
+                front, back = parts[:position], parts[position + 1 :]
+                kept = [p for p in (front if position < behind else back) if not isinstance(p, int)]
+                x = self.op_unsqueeze(x, len(kept) if position < behind else -1 - len([p for p in kept if p is not None]))
         return x
+
+    def index(self, x: Ref, dim: int, part: Any) -> Ref:
+        """``x[..., part, ...]`` along one axis."""
+        if isinstance(part, int):
+            return self.op_select(x, dim, part)
+        if part == slice(None):
+            return x
+        self.check_step(part.step)
+        return self.slice(x, dim, part.start or 0, part.stop)
 
 
 def functions() -> list[str]:

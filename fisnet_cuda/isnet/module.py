@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .._backend import check_backend
 from ..errors import FisnetWarning
 from ..graph import Plan, Program, StreamSpec, build_graphs
+from ..ops.linear_maps import _autocasting
 from ..rules import ZB, Epsilon, Rule, RuleMap, ZPlus, resolve
 from .variants import SELECT, VARIANTS, draw_class, eta_gradient, one_hot, select_class
 
@@ -289,7 +290,7 @@ class ISNet(nn.Module):
         if self.check == "never" or (self.check == "first" and self._checked) or not _readable(x):
             return False
         dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
-        if len(dtypes) == 1 and x.dtype not in dtypes and not torch.is_autocast_enabled(x.device.type):
+        if len(dtypes) == 1 and x.dtype not in dtypes and not _autocasting(x):
             (dtype,) = dtypes
             raise TypeError(f"x is {x.dtype} and the model is {dtype}: convert one of them, x.to({dtype})")
         if x.numel() and not bool(torch.isfinite(x).all()):

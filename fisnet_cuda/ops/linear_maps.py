@@ -117,10 +117,14 @@ def transposed(
     return _Transposed.apply(s, W, scale, tuple(geometry), tuple(in_size), backend)
 
 
+def _autocasting(t: Tensor) -> bool:
+    """Whether autocast is on where ``t`` lives (the meta device knows none)."""
+    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)
+
+
 def _compute_dtype(s: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on (forward and backward then see the same one), else that of ``s``."""
-    device = s.device.type
-    if device != "meta" and s.is_floating_point() and torch.is_autocast_enabled(device) and s.dtype != torch.float64:
+    if s.is_floating_point() and _autocasting(s) and s.dtype != torch.float64:
         return torch.get_autocast_dtype(s.device.type)
     return s.dtype
 
@@ -154,7 +158,7 @@ def fprop(x: Tensor, W: Tensor, bias: Tensor | None, geometry: Geometry) -> Tens
         >>> fprop(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]), None, linear_geometry())
         tensor([[3.]])
     """
-    plain = not torch.is_grad_enabled() or x.dtype != W.dtype or torch.is_autocast_enabled(x.device.type)
+    plain = not torch.is_grad_enabled() or x.dtype != W.dtype or _autocasting(x)
     if plain or not reference.weight_dominates(x, W, geometry):
         return reference.fprop(x, W, bias, geometry)
     return _Fprop.apply(x, W, bias, tuple(geometry))

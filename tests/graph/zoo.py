@@ -317,7 +317,9 @@ class Indexing(nn.Module):
 
     def forward(self, x):
         x = F.relu(self.stem(x[:, :, 0]))
-        return self.head(x[:, :, -1] + x[..., 0])
+        y = x[:, None, :, None, 1:][:, 0, :, 0]
+        z = x[..., None, :-1, None][:, :, 0, ..., 0] + x[:, None, ..., 1:, None][:, 0, ..., 0]
+        return self.head(x[:, :, -1] + y[..., 0] + z[:, :, 1])
 
 
 CASES["Indexing"] = Indexing, (2, 2, 3, 7), {"first_layer": "zb"}
@@ -656,6 +658,26 @@ class Dropouts(Net):
 seq("dropouts_1d_3d", (2, 3, 4, 4, 4), lambda: nn.Conv3d(3, 4, 3), relu, lambda: nn.Dropout3d(0.3), lambda: nn.Flatten(2),
     lambda: nn.Dropout1d(0.3), lambda: nn.Flatten(1), lambda: nn.Linear(32, 3))  # fmt: skip
 seq("dropout_first", (4, 3, 6, 6), lambda: nn.Dropout(0.2), nn.Identity, lambda: conv(3, 4), relu, flat, lambda: nn.Linear(144, 3))
+
+class DropPath(nn.Module):
+    """Stochastic depth, as timm writes it."""
+
+    def forward(self, x, p=0.5):
+        if not self.training:
+            return x
+        random = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - p)
+        random.div_(1 - p)
+        return x * random
+
+
+@case(shape=(6, 3, 8, 8))
+class StochasticDepth(Net):
+    def make(self):
+        self.conv, self.path = conv(), DropPath()
+
+    def body(self, x):
+        return F.relu(x + self.path(self.conv(x)))
+
 
 for name, norm in {
     "group": lambda: nn.GroupNorm(2, 4), "group_plain": lambda: nn.GroupNorm(4, 4, affine=False),

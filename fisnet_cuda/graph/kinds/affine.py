@@ -63,7 +63,8 @@ def _shifted(g, constant, fn, in_shape):
 def _scaled(g, constant, fn, in_shape):
     """``fn(g, c)``, with ``c`` read per sample where it has a batch axis."""
     if getattr(constant, "dim", lambda: 0)() > len(in_shape) and constant.shape[0] != 1:
-        return _reduced(ops.times(fn(constant.new_ones(1), constant), g), in_shape)
+        factor = fn(constant.new_ones(1), constant)
+        return _reduced(ops.times(factor.expand(-1, *g.shape[1:]), g), in_shape)
     return _reduced(fn(g, constant), in_shape)
 
 
