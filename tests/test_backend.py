@@ -82,7 +82,7 @@ def test_the_reason_is_kept(monkeypatch, fresh):
     monkeypatch.setattr(importlib, "import_module", broken)
     _backend._load.cache_clear()
     assert "failed to load: libcudart.so.12" in fc.info()["reason"]
-    with pytest.raises(RuntimeError, match="libcudart.so.12"):
+    with pytest.raises(RuntimeError, match="libcudart"):
         _backend.check_backend("cuda")
 
     def needs_another(name, *rest):

@@ -107,18 +107,23 @@ def plus_transposed(
     return by_sign(a, up, down)
 
 
-def plus_denominator(P: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+def plus_denominator(P: Tensor, factor: Tensor | None, shift: Tensor | None) -> Tensor:
     """``z+ = |scale| P + max(b~, 0)`` for the product ``P`` with weights already signed by ``scale``; ``[N, C, ...]``.
+
+    Args:
+        P: ``[N, C, ...]``. Gets a gradient.
+        factor: ``|scale| [C]``, or None. Gets a gradient.
+        shift: ``b~ [C]``, or None. Gets a gradient.
 
     Example:
         >>> import torch
-        >>> plus_denominator(torch.ones(1, 1, 1), torch.tensor([-2.0]), torch.tensor([0.5]))
+        >>> plus_denominator(torch.ones(1, 1, 1), torch.tensor([2.0]), torch.tensor([0.5]))
         tensor([[[2.5000]]])
     """
     shape = (-1, *[1] * (P.dim() - 2))
-    if scale is None:
-        return P if shift is None else P + shift.clamp(min=0).view(shape)
-    return torch.addcmul(shift.clamp(min=0).view(shape), P, scale.abs().view(shape))
+    if factor is None:
+        return P if shift is None else P + torch.relu(shift).view(shape)
+    return torch.addcmul(torch.relu(shift).view(shape), P, factor.view(shape))
 
 
 def plus_linear_denominator(P: Tensor, bias: Tensor | None) -> Tensor:

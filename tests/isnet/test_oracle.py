@@ -208,6 +208,42 @@ def test_target(variant):
             images(3, (9, 9)), target=target)  # fmt: skip
 
 
+@pytest.mark.parametrize("variant", ["selective", "dual"])
+def test_dropout(variant):
+    """Relevance goes back through the mask that the forward drew."""
+    model = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 4, 3), nn.ReLU(),
+                                    nn.Flatten(), nn.Dropout(0.3), nn.Linear(4 * 25, 3)))  # fmt: skip
+    x = images(2, (9, 9))
+
+    def oracle(v):
+        torch.manual_seed(0)
+        masks = [nn.functional.dropout(torch.ones(2, *shape, dtype=v.dtype), p) for shape, p in (((4, 7, 7), 0.5), ((100,), 0.3))]
+        ops = [(n, masks.pop(0) if isinstance(m, nn.Dropout) else m, str(int(n) - 1) if n != "0" else "x")
+               for n, m in model.named_children()]  # fmt: skip
+        return explain(oracles.Net(ops), variant, v, low=LOW, high=HIGH)(v)
+
+    net = fc.ISNet(model.train(), variant, input_low=LOW, input_high=HIGH, check="never")
+
+    def seeded(v, **options):
+        torch.manual_seed(0)
+        return net(v, **options)
+
+    compare(model, oracle, seeded, x)
+
+
+@pytest.mark.parametrize("variant", ["selective", "dual"])
+@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 4), lambda: nn.LayerNorm((4, 7, 7))], ids=["group", "layer"])
+def test_norms_of_a_sample(norm, variant):
+    """GroupNorm and LayerNorm: affine maps of each sample, statistics detached."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.ReLU(),
+                          nn.Flatten(), nn.Linear(4 * 25, 3))  # fmt: skip
+    for p in randomise(model)[1].parameters():
+        p.data = randn(*p.shape, seed=3)
+    graph = oracles.Net.chain(model)
+    net = fc.ISNet(model, variant, first_layer="epsilon", check="never")
+    compare(model, explain(graph, variant, None, first_layer="epsilon"), net, images(2, (9, 9)))
+
+
 # ---- rules -------------------------------------------------------------------------------------------------------------
 
 RULES = {
@@ -259,7 +295,7 @@ def test_rule_everywhere(rule, training, bn):
     maps = [n for n, m in model.named_children() if isinstance(m, (nn.Conv2d, nn.Linear))]
     target = torch.tensor([0, 2, 1])
     for first in (rule, "zb"):
-        graph_rules = {n: theirs for n in maps} | {maps[0]: RULES[first][1]}
+        graph_rules = dict.fromkeys(maps, theirs) | {maps[0]: RULES[first][1]}
         if rule == "epsilon":
             graph_rules[maps[-1]] = ("epsilon", {"e": 0.0})
         rules = fc.rules.RuleMap(conv=ours, linear=ours, first=RULES[first][0])

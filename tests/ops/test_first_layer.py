@@ -18,11 +18,11 @@ def image(bound, x, geometry):
 
 
 def zb(R_out, x, W, b, low, high, eps, geometry):
-    """``z`` by one convolution each of x, l and h; R by one transposed product each."""
+    """``z`` by one convolution each of x and of the bounds; R by one transposed product each."""
     k = R_out.shape[0] // x.shape[0]
-    l, h = image(low, x, geometry), image(high, x, geometry)
+    floor, top = image(low, x, geometry), image(high, x, geometry)
     plus, minus = W.clamp(min=0), W.clamp(max=0)
-    z = ops.fprop(x, W, None, geometry) - ops.fprop(l, plus, None, geometry) - ops.fprop(h, minus, None, geometry)
+    z = ops.fprop(x, W, None, geometry) - ops.fprop(floor, plus, None, geometry) - ops.fprop(top, minus, None, geometry)
     if b is not None:
         own = b - b.clamp(min=0) * low.min() - b.clamp(max=0) * high.max()
         z = z + own.view(-1, *[1] * geometry.spatial)
@@ -37,7 +37,7 @@ def zb(R_out, x, W, b, low, high, eps, geometry):
         y = conv(a, V, None, *geometry[1:])
         return torch.autograd.grad(y, a, s, create_graph=True)[0]
 
-    return x.repeat_interleave(k, 0) * back(W) - l * back(plus) - h * back(minus)
+    return x.repeat_interleave(k, 0) * back(W) - floor * back(plus) - top * back(minus)
 
 
 def case(name, spatial, c_in, c_out, size, kernel=(), low=0.0, high=1.0, bias=True, maps=1, **geometry):

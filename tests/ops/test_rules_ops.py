@@ -251,7 +251,7 @@ def test_by_sign():
 def test_plus_denominator(with_scale, with_shift):
     """BatchNorm is folded before the positive part is taken: ``|scale| P + max(b~, 0)``."""
     P, scale, shift = rand(2, 3, 4), randn(3), randn(3, seed=1)
-    got = rules.plus_denominator(P, scale if with_scale else None, shift if with_shift else None)
+    got = rules.plus_denominator(P, scale.abs() if with_scale else None, shift if with_shift else None)
     want = P * (scale.abs()[:, None] if with_scale else 1) + (shift.clamp(min=0)[:, None] if with_shift else 0)
     close(got, want)
 

@@ -53,6 +53,9 @@ def relevance(b, index, node, stream) -> None:
 
 def scale_of(b, index) -> Slot:
     """``gamma rstd`` of BatchNorm ``index``, emitted once for all maps."""
+    folded = b.shared.get(("scale_shift", index, True))
+    if folded is not None:  # another map folds this BatchNorm already
+        return folded[0]
     node = b.graph.nodes[index]
     rstd = b.statistics(index)[1]
     return b.once(("scale", index), lambda: b.emit(node.name, None, "bn_scale", _scale, (node.attrs["weight"], rstd)))

@@ -93,8 +93,9 @@ def _zplus(b, index, node, stream, rule) -> None:
         shift = _detached_bias(b, index, node)
     W = b.emit(node.name, rule, "W+", _signed_positive, (attrs["weight"], scale))
     P = b.emit(node.name, rule, f"{node.kind}+", ops.fprop, (Slot(source), W, None, geometry))
+    factor = None if scale is None else b.emit(node.name, rule, "|scale|", torch.abs, (scale,))
     if geometry.spatial or scale is not None:
-        z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_denominator, (P, scale, shift))
+        z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_denominator, (P, factor, shift))
     else:
         z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_linear_denominator, (P, shift))
     if stream.of_form(index, "all"):
@@ -102,7 +103,6 @@ def _zplus(b, index, node, stream, rule) -> None:
     else:
         R = stream.take_R(out, node.name)
         s = b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, eps, True))
-    factor = None if scale is None else b.emit(node.name, rule, "|scale|", torch.abs, (scale,))
     operands = (s, W, geometry, _in_size(b, node), factor)
     g = b.emit(node.name, rule, f"{node.kind}+^T", ops.transposed, operands, kernel="dgrad", backend=b.backend)
     stream.give(source, "g", g)
