@@ -4,7 +4,6 @@ pytorchcv's and Hugging Face's are small members with narrow layers. pytorchcv's
 224 x 224 images; here they get a pool of their own for small ones, and one test runs a network untouched.
 """
 
-import importlib
 
 import pytest
 import torch
@@ -69,7 +68,7 @@ ZOO = {
         "densenet", "DenseNet", channels=[[12, 16, 20], [14, 18], [13, 17], [12, 16]], init_block_channels=8, dropout_rate=0.1
     ),
     "mobilenet": pytorchcv(
-        "mobilenet", "MobileNet", channels=[[8], [16], [16, 24], [24, 32], [48, 48]], first_stage_stride=False
+        "mobilenet", "MobileNet", channels=[[8], [16], [16, 24], [24, 32], [48, 48]], first_stage_stride=False, pool=4
     ),
     "squeezenet": pytorchcv("squeezenet", "SqueezeNet", residuals=None, **squeeze),
     "squeezeresnet": pytorchcv("squeezenet", "SqueezeNet", residuals=[[0, 1], [0, 1], [0]], **squeeze),

@@ -264,7 +264,7 @@ def _capture_export(model: nn.Module, example_input: Tensor, fx_reason: str) -> 
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is None:
             module.momentum = 0.0
     try:
-        with torch.no_grad():
+        with torch.enable_grad():  # so that a no_grad inside shows, and is refused
             dynamic = ({0: torch.export.Dim("batch", min=1)},)
             program = torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=False)
     except Exception as error:

@@ -118,7 +118,10 @@ class Reader:
     def attribute(self, path: str) -> Any:
         if path in self.captured.constants:
             return self.captured.constants[path]
-        value = self.look_up(path)
+        try:
+            value = self.look_up(path)
+        except AttributeError:  # a subgraph of torch.export's own: the call that runs it is refused by name
+            return None
         return Param(path) if isinstance(value, Tensor) else value
 
     def look_up(self, path: str) -> Any:

@@ -52,6 +52,13 @@ _TABLE: tuple[tuple[str, Remedy], ...] = (
     ),
     ("Embedding EmbeddingBag embedding", Remedy("indices carry no relevance", "Wrap only the part of the model behind it.")),
     ("SyncBatchNorm", Remedy("statistics across processes are not supported yet", "Use BatchNorm1d, 2d or 3d.")),
+    (
+        "wrap_with_set_grad_enabled wrap_with_autocast",
+        Remedy(
+            "forward switches gradients or autocast on or off, which a program of the whole network cannot follow",
+            "Freeze layers with requires_grad_(False), and put autocast around the call.",
+        ),
+    ),
     ("detach", Remedy("it cuts the gradient but not the value", "Leave it out.")),
 )
 _BY_NAME = {name: entry for names, entry in _TABLE for name in names.split()}

@@ -362,6 +362,15 @@ def test_messages_of_export():
     assert "nor by torch.export (GuardOnDataDependentSymNode: " in message
     assert message.endswith("Let its forward not depend on the values or the size of the batch, or wrap only the part of the model "
                             "that classifies.")  # fmt: skip
+
+    class NoGradByShape(NoGrad):
+        def body(self, x):
+            return super().body(x) if x.shape[-1] > 1 else x
+
+    assert message_of(NoGradByShape(), example_input=x) == (
+        "the model: wrap_with_set_grad_enabled is not supported (forward switches gradients or autocast on or off, which a program "
+        "of the whole network cannot follow). Freeze layers with requires_grad_(False), and put autocast around the call."
+    )
     assert message_of(Assigned(), example_input=x) == (
         "the model: fill is not supported (it rewrites part of a tensor). Build the tensor with torch.cat or pad."
     )
