@@ -51,8 +51,9 @@ help:
 demo: $(call READY,demo)
 	@$(PY) -m fisnet_cuda.demo --out "$(OUT)" $(DEMO_ARGS)
 
+# One worker a core, one thread a worker: small tensors gain nothing from threads.
 test: $(call READY,test)
-	@$(PY) -m pytest $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(TEST_ARGS)
 
 bench: $(call READY,bench)
 	@$(PY) -m benchmarks.run_all $(BENCH_ARGS)
