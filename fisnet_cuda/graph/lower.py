@@ -279,6 +279,8 @@ class Stream:
 
     def _sums(self, value: int) -> tuple[Slot, bool, Any]:
         node, b = self.b.graph.nodes[value], self.b
+        if node.kind in (*LINEAR, "pool_avg", "add", "linear_map") and not isinstance(self.rule(value), ZPlus):
+            return self.part(value)  # a rule of its own, z^B say: what reads it does not fold into it
         if hasattr(b.kinds[node.kind], "sums"):
             return b.kinds[node.kind].sums(self, value, node)
         if node.kind in LINEAR:

@@ -152,13 +152,15 @@ class Program:
         return env
 
     def run_relevance(self, env: list[Any], starts: Mapping[str, Tensor | None]) -> list[Any]:
-        """Run relevance on a forward's environment, which stays as it is; returns the environment with the results.
+        """Run relevance on a forward's environment; returns the environment with the results.
+
+        The environment is used up: values leave it (and their memory is free again) as soon as nobody needs them. Pass a
+        copy of the list to run relevance more than once.
 
         Args:
             env: from `run_forward`, with the parameters that it read.
             starts: stream name -> relevance per unit of the logits, ``[N*K, C]`` (none for streams ``from_all``).
         """
-        env = list(env)
         for name, slot in self.lowered.starts.items():
             if slot is not None:
                 env[slot] = starts[name]

@@ -233,16 +233,16 @@ class ISNet(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Original's classes in parts. With gradients each part is computed again in the backward, so that the bound holds
         there too."""
+
+        def run(part: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return self._relevance(program, list(env), {"epsilon": part})  # a copy: every part needs the forward's values
+
         results = []
         for part in g.split(chunk, 1):
             if torch.is_grad_enabled():
-                run = torch.utils.checkpoint.checkpoint(
-                    self._relevance, program, env, {"epsilon": part}, use_reentrant=False,
-                    preserve_rng_state=False,
-                )  # fmt: skip
+                results.append(torch.utils.checkpoint.checkpoint(run, part, use_reentrant=False, preserve_rng_state=False))
             else:
-                run = self._relevance(program, env, {"epsilon": part})
-            results.append(run)
+                results.append(run(part))
         heatmaps = torch.cat([h for h, _ in results], 1)
         return heatmaps, {name: torch.cat([h[name] for _, h in results], 1) for name in results[0][1]}
 

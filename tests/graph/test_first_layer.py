@@ -178,11 +178,11 @@ def test_a_skip_from_the_input_and_a_learned_scale_are_refused():
         def forward(self, x):
             return self.head((x + self.conv(x)).relu().mean((2, 3)))
 
-    with pytest.raises(fc.UnsupportedModelError, match="^add: add reads the input"):
+    with pytest.raises(fc.UnsupportedModelError, match=r"^add: add reads the input"):
         fc.ISNet(Skip())
     model = Skip()
     model.forward = lambda x: model.head(model.conv(x * model.scale).relu().mean((2, 3)))
-    with pytest.raises(fc.UnsupportedModelError, match="^mul: constant reads the input"):
+    with pytest.raises(fc.UnsupportedModelError, match=r"^mul: constant reads the input"):
         fc.ISNet(model)
 
 

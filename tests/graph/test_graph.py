@@ -1,5 +1,7 @@
 """Graphs as data: names of layers, inner maps by name, which values share memory, what two traces have in common."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,7 +76,7 @@ def test_concatenations_share_their_beginnings():
     graph = build_graph(model, False)
     joined = [n for n in graph.nodes if n.kind == "concat"]
     assert [len(n.inputs) for n in joined] == [2, 2, 2]
-    for earlier, later in zip(joined, joined[1:]):
+    for earlier, later in itertools.pairwise(joined):
         assert graph.nodes[later.inputs[0]].name == earlier.name
     assert torch.equal(fc.ISNet(model)(x, relevance=True).logits, model(x))
 

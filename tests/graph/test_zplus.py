@@ -1,4 +1,4 @@
-"""Dual's z+ map of networks whose parts meet in rarer ways, beside the independent oracle: values and gradients."""
+"""Dual's two maps of networks whose parts meet in rarer ways, beside the independent oracle: values and gradients."""
 
 import oracles
 import pytest
@@ -140,6 +140,36 @@ class LayerNorm(Net):
         return self.head(self.ln(self.fc2(self.fc(x).relu())).relu().flatten(1))
 
 
+@case("conv pool relu conv2 bn pool2 relu2 mean head", mean=mean)
+class PoolBeforeReLU(Net):
+    """As in LeNet; in the first layer too."""
+
+    def layers(self):
+        return {
+            "conv": conv(3), "pool": nn.MaxPool2d(3, 2, 1), "conv2": conv(), "bn": nn.BatchNorm2d(4), "pool2": nn.MaxPool2d(2, 1),
+            "head": nn.Linear(4, 3),
+        }  # fmt: skip
+
+    def forward(self, x):
+        x = self.pool(self.conv(x)).relu()
+        return self.head(self.pool2(self.bn(self.conv2(x))).relu().mean((2, 3)))
+
+
+@case("conv relu conv2 pool bn relu2 conv3 cat bn2 relu3 mean head", cat=("concat", ("pool", "conv3")), mean=mean)
+class Transition(Net):
+    """torchvision's DenseNet: an average of signed values, normalised by several."""
+
+    def layers(self):
+        return {
+            "conv": conv(3), "conv2": conv(), "pool": nn.AvgPool2d(2), "bn": nn.BatchNorm2d(4), "conv3": conv(4, 2),
+            "bn2": nn.BatchNorm2d(6), "head": nn.Linear(6, 3),
+        }  # fmt: skip
+
+    def forward(self, x):
+        x = self.pool(self.conv2(self.conv(x).relu()))
+        return self.head(self.bn2(torch.cat([x, self.conv3(self.bn(x).relu())], 1)).relu().mean((2, 3)))
+
+
 @case("conv relu out mean", mean=mean)
 class LogitsFromAMean(Net):
     def layers(self):
@@ -184,14 +214,18 @@ def test_against_the_oracle(name, training, first_layer):
     x = rand(*shape, seed=1)
     net = fc.ISNet(model, variant="dual", eps=E, first_layer=first_layer)
     out = net(x, relevance=True)
-    want = oracles.explain_zplus(oracle(model, words, others), x, E, first_layer="zb" if first_layer == "zb" else "zplus")
-    assert want.heatmaps.any()
-    close(out.logits, want.logits, what="logits")
-    close(out.heatmaps[:, :1], want.heatmaps, what="heatmap")
-    weights = rand(*want.heatmaps.shape, seed=2, low=-1.0)
+    graph = oracle(model, words, others)
+    plus = oracles.explain_zplus(graph, x, E, first_layer="zb" if first_layer == "zb" else "zplus")
+    epsilon = oracles.explain_epsilon(graph, x, oracles.all_logits, E, first_layer=first_layer)
+    want = torch.cat([plus.heatmaps, epsilon.heatmaps], 1)
+    assert want.any()
+    close(out.logits, plus.logits, what="logits")
+    close(out.heatmaps[:, 0], want[:, 0], what="z+")
+    close(out.heatmaps[:, 1], want[:, 1], what="epsilon")
+    weights = rand(*want.shape, seed=2, low=-1.0)
     params = dict(model.named_parameters())
     found = []
-    for R in (out.heatmaps[:, :1], want.heatmaps):
+    for R in (out.heatmaps, want):
         grads = torch.autograd.grad((R * weights).sum(), list(params.values()), allow_unused=True, retain_graph=True)
         found.append({n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), grads)})
     close_grads(*found)

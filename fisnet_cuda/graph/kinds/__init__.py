@@ -81,4 +81,6 @@ def wants_R(stream, value: int) -> bool:
     mixes = node.kind in ("norm", "add", "pool_max", "pool_avg", "constant")
     if mixes or (node.kind == "linear_map" and not linear_map.copies(node)):
         return isinstance(stream.rule(value), ZPlus)
+    if node.kind == "relu" and isinstance(stream.rule(value), Epsilon):
+        return False
     return any(wants_R(stream, source) for source in node.inputs)  # it passes on what it gets

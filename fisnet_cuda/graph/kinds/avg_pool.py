@@ -38,7 +38,7 @@ def relevance(b, index, node, stream) -> None:
     if own:
         R = stream.alone(index, own).take_R(index, node.name)
         operands = (R, Slot(source), Slot(index), b.nonneg[source], *_settings(node), float(rule.eps))
-        s = b.emit(node.name, rule, "ratio", _plus_ratio, operands)
+        s = b.emit(node.name, rule, "ratio z+", _plus_ratio, operands)
         g = transposed(s)
         if not b.nonneg[source]:
             g = b.emit(node.name, rule, "part", _where_positive, (Slot(source), g))

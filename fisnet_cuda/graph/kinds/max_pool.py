@@ -27,7 +27,7 @@ def relevance(b, index, node, stream) -> None:
     own = [c for c in stream.contributions[index] if c[0] != "S"]
     if isinstance(rule, ZPlus) and own:
         R = stream.alone(index, own).take_R(index, node.name)
-        g = [b.emit(node.name, rule, "ratio", _plus_ratio, (R, Slot(index), b.nonneg[index], float(rule.eps)))]
+        g = [b.emit(node.name, rule, "ratio z+", _plus_ratio, (R, Slot(index), b.nonneg[index], float(rule.eps)))]
         # a BatchNorm folded into this pool has its own denominator already
         g += [stream._g_of_pair(index, pair, node.name) for pair in stream.of_form(index, "S")]
         total = stream.sum(g, node.name)

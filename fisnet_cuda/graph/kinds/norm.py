@@ -31,7 +31,7 @@ def relevance(b, index, node, stream) -> None:
     layer = attrs["norm"] == "layer"
     stream.settle(index, node.name)
     operands = (attrs["weight"], rstd, b.shape(index), layer)
-    scale = b.once(("scale", index), lambda: b.emit(node.name, None, "scale", _scale, operands))
+    scale = b.once(("scale", index), lambda: b.emit(node.name, None, "norm_scale", _scale, operands))
     if isinstance(rule, ZPlus):
         R = stream.take_R(index, node.name)
         P, two_sided, bias = stream.sums(source)
