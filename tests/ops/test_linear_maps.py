@@ -168,13 +168,15 @@ def fprop_case(name, c_in, c_out, size, kernel, bias=True, **settings):
     "case",
     [
         fprop_case("early", 2, 2, (4, 4), (3, 3), padding=1),
-        fprop_case("late", 2, 16, (2, 2), (3, 3), padding=1),
-        fprop_case("late-strided", 2, 16, (3, 2), (3, 3), bias=False, padding=1, stride=2),
+        fprop_case("late", 2, 24, (2, 2), (3, 3), padding=1),
+        fprop_case("late-strided", 2, 32, (3, 2), (3, 3), bias=False, padding=1, stride=2),
         fprop_case("late-1x1", 3, 5, (1, 1), (1, 1)),
     ],
     ids=str,
 )
 def test_fprop(case, check):
+    geometry = ops.conv_geometry(2, 1, 0, 1, 1)
+    assert reference.weight_dominates(case.inputs["x"], case.inputs["W"], geometry) == case.name.startswith("late")
     check(case)
 
 
