@@ -114,7 +114,7 @@ def _check_hooks(model: nn.Module) -> None:
         warnings.warn(
             f"forward hooks of {', '.join(dict.fromkeys(hooked))} do not run in net(x, relevance=True)",
             FisnetWarning,
-            stacklevel=2,
+            stacklevel=7,  # the line that wraps the model
         )
 
 
@@ -304,6 +304,7 @@ def _keep_logits(program: torch.export.ExportedProgram) -> None:
     results = [by_name.get(name) for name in program.graph_signature.user_outputs]
     names = program.call_spec.out_spec.context
     names = names[0] if isinstance(names, tuple) and names else names  # a dataclass lists its fields first
+    names = getattr(names, "_fields", names)
     names = list(names) if isinstance(names, (list, tuple)) else []
     if len(results) > 1 and len(names) == len(results):
         output.args = (dict(zip(names, results)),)

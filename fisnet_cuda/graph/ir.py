@@ -13,7 +13,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter or buffer of the user's model, fetched by its path at run time (so EMA, DDP and resharding are seen)."""
+    """A parameter or buffer of the user's model, or a setting of a layer (a momentum, a rate), fetched by its path at run
+    time (so EMA, DDP, resharding and schedules are seen)."""
 
     path: str
 

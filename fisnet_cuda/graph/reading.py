@@ -172,7 +172,7 @@ class Reader:
             in_place = in_place or kwargs.get("inplace") is True
             self.values[node] = method(*args, **kwargs)
         if in_place and is_activation(self.values[node]):
-            self.overwrite(args[0], self.values[node])
+            self.overwrite((*args, *kwargs.values())[0], self.values[node])
 
     def canonical(self, node: fx.Node) -> tuple[str, bool]:
         """``(name, whether it writes to its first argument)``."""

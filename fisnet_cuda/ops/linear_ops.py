@@ -85,7 +85,7 @@ _UPSAMPLE = {
 
 
 def _interpolate_transposed(g: Tensor, settings: tuple, shape: tuple[int, ...]) -> Tensor:
-    size, factor, mode, align_corners, recompute = settings
+    _, factor, mode, align_corners, recompute = settings
     spatial = len(shape) - 2
     name = _UPSAMPLE.get((mode, spatial))
     if name is None:

@@ -403,6 +403,14 @@ def test_hooks_are_mentioned():
     assert len(seen) == 1
 
 
+def test_the_warning_points_at_the_line_that_wraps():
+    model = nn.Sequential(conv(3, 4), nn.Flatten(), nn.Linear(256, 2))
+    model[0].register_forward_pre_hook(lambda module, inputs: None)
+    with pytest.warns(fc.FisnetWarning) as caught:
+        fc.ISNet(model)
+    assert {w.filename for w in caught} == {__file__}
+
+
 def test_an_error_of_the_models_own_is_not_lost():
     class Broken(Net):
         def body(self, x):

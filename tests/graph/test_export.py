@@ -33,7 +33,7 @@ SAME = (
 LIKE = (
     "ReluSpellings", "InPlaceArithmetic", "InPlaceAfterView", "Concatenations", "Slices", "Indexing", "NormalisesItsInput",
     "Constants", "Reductions", "Shapes", "LinearOnAnyRank", "FunctionalWeights", "subclasses", "FunctionalPools", "Dropouts",
-    "FunctionalMaps", "FunctionalNorms", "FrozenDropout", "OptionalArguments", "DictOutput", "StochasticDepth",
+    "FunctionalMaps", "FunctionalNorms", "FrozenDropout", "OptionalArguments", "DictOutput", "NamedTupleOutput", "StochasticDepth",
 )  # fmt: skip
 
 

@@ -4,6 +4,8 @@ Options of a case: piecewise_linear=False (no gradient x input to compare with),
 statistics, or none), layouts=False (its forward needs contiguous tensors).
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -780,6 +782,23 @@ class DictOutput(Net):
 
     def forward(self, x):
         return {"logits": super().forward(x), "features": x}
+
+
+class Output(NamedTuple):
+    features: torch.Tensor
+    logits: torch.Tensor
+
+
+@case()
+class NamedTupleOutput(Net):
+    def make(self):
+        self.relu = nn.ReLU(inplace=True)
+
+    def body(self, x):
+        return self.relu(input=x - 0.1)
+
+    def forward(self, x):
+        return Output(features=x, logits=super().forward(x))
 
 
 @case()

@@ -2,6 +2,8 @@
 
 A kind module has three functions: ``nonneg(b, node)`` says whether its value is never negative, ``forward(b, index, node)``
 emits its forward, ``relevance(b, index, node, stream)`` takes the contributions at its value and gives its inputs theirs.
+Two are optional: ``sums(stream, index, node)``, the two sums of z+ for a norm layer that reads the value, and ``bound(b, index,
+node, low, high)``, the bounds of the value for z^B, of kinds that may stand in front of a first layer.
 """
 
 from __future__ import annotations
