@@ -41,7 +41,9 @@ COLUMNS = {
 def run(options: argparse.Namespace) -> Report:
     """Run the tests and read what pytest-benchmark wrote."""
     report = Report("ops", "Time of single ops", common.settings_of(options), common.environment(options.device), COLUMNS)
-    variables = {**os.environ, "FISNET_BENCH_DEVICE": options.device}
+    # a worker of pytest-xdist leaves marks that would make the pytest below believe it is one too, and refuse to time
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    variables = {**inherited, "FISNET_BENCH_DEVICE": options.device}
     if options.threads:
         variables["OMP_NUM_THREADS"] = str(options.threads)
     with tempfile.TemporaryDirectory() as folder:
