@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,8 +131,13 @@ class Program:
         outputs |= {slot for _, _, out, handed in lowered.taps for slot in (out, *handed)}
         forward, relevance = fuse(lowered.forward, lowered.relevance, frozenset(outputs))
         self.lowered = replace(lowered, forward=forward, relevance=relevance)
-        self._frees = _last_uses(forward, relevance, outputs)
-        self._owners = _param_owners((*forward, *relevance))
+        self._owners, slot_of = _param_slots((*forward, *relevance), lowered.slots)
+        self._slots = lowered.slots + len(slot_of)
+        frees = _last_uses(forward, relevance, outputs)
+        self._forward, self._relevance = (
+            tuple(_Call.of(instr, dead, slot_of) for instr, dead in zip(instrs, free))
+            for instrs, free in zip((forward, relevance), frees)
+        )
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
@@ -144,11 +149,11 @@ class Program:
             x: the input ``[N, ...]``.
             training: overrides every module's ``training`` flag.
         """
-        env: list[Any] = [None] * (self.lowered.slots + 1)
+        env: list[Any] = [None] * self._slots
         env[0] = x
         # once for both directions: a parametrized weight is computed when it is read (spectral_norm iterates, too)
-        env[-1] = _look_up(self._owners, model, training)
-        _execute(self.lowered.forward, self._frees[0], env, env[-1])
+        _read_parameters(self._owners, env, model, training)
+        _execute(self._forward, env)
         return env
 
     def run_relevance(self, env: list[Any], starts: Mapping[str, Tensor | None]) -> list[Any]:
@@ -164,7 +169,7 @@ class Program:
         for name, slot in self.lowered.starts.items():
             if slot is not None:
                 env[slot] = starts[name]
-        _execute(self.lowered.relevance, self._frees[1], env, env[-1])
+        _execute(self._relevance, env)
         return env
 
     # ---- looking -----------------------------------------------------------------------------------------------------
@@ -192,61 +197,72 @@ class Program:
         return Plan(rows)
 
 
-def _execute(
-    instrs: tuple[Instr, ...], frees: tuple[tuple[int, ...], ...], env: list[Any], lookup: Mapping[Param | Mode, Any]
-) -> None:
-    for instr, dead in zip(instrs, frees):
-        operands = [_read(operand, env, lookup) for operand in instr.operands]
-        result = instr.fn(*operands, **dict(instr.options)) if instr.options else instr.fn(*operands)
-        if len(instr.outs) == 1:
-            env[instr.outs[0]] = result
+class _Call(NamedTuple):
+    """An instruction ready to run: parameters and modes are slots like all values."""
+
+    fn: Callable
+    operands: tuple
+    outs: tuple[int, ...]
+    options: dict[str, Any]
+    dead: tuple[int, ...]  # slots that nobody reads after it
+
+    @classmethod
+    def of(cls, instr: Instr, dead: tuple[int, ...], slot_of: Mapping[Param | Mode, Slot]) -> _Call:
+        return cls(instr.fn, tuple(_bind(o, slot_of) for o in instr.operands), instr.outs, dict(instr.options), dead)
+
+
+def _bind(operand: Any, slot_of: Mapping[Param | Mode, Slot]) -> Any:
+    if isinstance(operand, (Param, Mode)):
+        return slot_of[operand]
+    return tuple(_bind(part, slot_of) for part in operand) if type(operand) is tuple else operand
+
+
+def _execute(calls: tuple[_Call, ...], env: list[Any]) -> None:
+    for fn, operands, outs, options, dead in calls:
+        result = fn(*[_read(operand, env) for operand in operands], **options)
+        if len(outs) == 1:
+            env[outs[0]] = result
         else:
-            for slot, value in zip(instr.outs, result):
+            for slot, value in zip(outs, result):
                 env[slot] = value
         for slot in dead:
             env[slot] = None
 
 
-def _look_up(owners: tuple, model: nn.Module, training: bool | None) -> dict[Param | Mode, Any]:
-    """The model's parameters, buffers and modes as they are now, found once a run."""
-    found: dict[Param | Mode, Any] = {}
+def _read(operand: Any, env: list[Any]) -> Any:
+    kind = type(operand)
+    if kind is Slot:
+        return env[operand.index]
+    return tuple([_read(part, env) for part in operand]) if kind is tuple else operand
+
+
+def _read_parameters(owners: tuple, env: list[Any], model: nn.Module, training: bool | None) -> None:
+    """The model's parameters, buffers, settings and modes as they are now, into their slots."""
     for path, wanted in owners:
         module: Any = model
         for part in path:
             module = getattr(module, part)
-        for key, name in wanted:
-            found[key] = training if name == "training" and training is not None else getattr(module, name)
-    return found
+        for name, slot in wanted:
+            env[slot] = training if name == "training" and training is not None else getattr(module, name)
 
 
-def _read(operand: Any, env: list[Any], lookup: Mapping[Param | Mode, Any]) -> Any:
-    kind = type(operand)
-    if kind is Slot:
-        return env[operand.index]
-    if kind is Param or kind is Mode:
-        return lookup[operand]
-    if kind is tuple:
-        return tuple([_read(part, env, lookup) for part in operand])
-    return operand
-
-
-def _param_owners(instrs: Iterable[Instr]) -> tuple:
-    """``((module path, ((operand, attribute), ...)), ...)`` of every parameter and mode that instructions read."""
-    owners: dict[tuple[str, ...], dict[Param | Mode, str]] = {}
+def _param_slots(instrs: Iterable[Instr], first: int) -> tuple[tuple, dict[Param | Mode, Slot]]:
+    """``(((module path, ((attribute, slot), ...)), ...), operand -> Slot)`` of every parameter and mode that is read."""
+    owners: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+    slot_of: dict[Param | Mode, Slot] = {}
 
     def visit(operand: Any) -> None:
-        if isinstance(operand, Param):
-            *path, name = operand.path.split(".")
-            owners.setdefault(tuple(path), {})[operand] = name
-        elif isinstance(operand, Mode):
-            owners.setdefault(tuple(p for p in operand.module.split(".") if p), {})[operand] = "training"
+        if isinstance(operand, (Param, Mode)) and operand not in slot_of:
+            slot_of[operand] = Slot(first + len(slot_of))
+            *path, name = operand.path.split(".") if isinstance(operand, Param) else [*operand.module.split("."), "training"]
+            owners.setdefault(tuple(p for p in path if p), []).append((name, slot_of[operand].index))
         elif isinstance(operand, tuple):
             for part in operand:
                 visit(part)
 
     for instr in instrs:
         visit(instr.operands)
-    return tuple((path, tuple(wanted.items())) for path, wanted in owners.items())
+    return tuple((path, tuple(wanted)) for path, wanted in owners.items()), slot_of
 
 
 def _last_uses(forward: tuple[Instr, ...], relevance: tuple[Instr, ...], outputs: set[int]) -> tuple[tuple, tuple]:

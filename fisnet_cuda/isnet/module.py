@@ -182,7 +182,7 @@ class ISNet(nn.Module):
         explained, starts = self._starts(logits, target, look)
         if look:
             self._checked = True  # a failed check is made again
-        chunk = self._chunk(env, explained.shape[1]) if len(program.specs) == 1 else explained.shape[1]
+        chunk = self._chunk(env[: program.lowered.slots], explained.shape[1]) if len(program.specs) == 1 else explained.shape[1]
         if chunk >= explained.shape[1]:
             heatmaps, hidden = self._relevance(program, env, starts)
         else:

@@ -32,8 +32,8 @@ def bn_act(
         y = y.add_(skip) if y.dtype == skip.dtype and y.shape == skip.shape else y + skip
     if relu:
         y = y.relu_()
-    if not training:  # native_batch_norm leaves both empty on some devices
-        mean, rstd = running_mean, torch.rsqrt(running_var + eps)
+    if not training:  # native_batch_norm leaves both empty on some devices; buffers need no detach
+        return y, running_mean, torch.rsqrt(running_var + eps)
     return y, mean.detach(), rstd.detach()
 
 

@@ -227,7 +227,8 @@ def test_original_in_chunks(parts, supervise):
 
 def limit_for(maps, model, x):
     """A ``max_map_bytes`` that lets so many of seven maps be computed at once."""
-    env = fc.ISNet(model, "original")._programs[model.training][0].run_forward(model, x)
+    program = fc.ISNet(model, "original")._programs[model.training][0]
+    env = program.run_forward(model, x)[: program.lowered.slots]
     limits = (2**k // 4 * m for k in range(2, 40) for m in (4, 5, 6, 7))
     return next(v for v in limits if fc.ISNet(model, "original", max_map_bytes=v)._chunk(env, 7) == maps)
 
