@@ -28,7 +28,6 @@ from ..rules import Epsilon, Rule, RuleMap, ZPlus
 from .ir import Graph, Instr, Node, Ref, Slot
 
 LINEAR = ("conv", "linear")
-TRANSPARENT = ("reshape", "permute", "mask")  # one input, elementwise: any form passes through
 
 
 @dataclass(frozen=True)
