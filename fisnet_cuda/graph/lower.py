@@ -252,13 +252,12 @@ class Stream:
             parts.append(self.b.emit(layer, rule, "ratio", ops.stabilised_ratio, (total, Slot(value), eps)))
         return self.sum(parts, layer)
 
-    def take_R(self, value: int, layer: str, carrier: int | None = None) -> Slot:
-        """All contributions at ``value`` as one ``R``; ``carrier`` is the value that ``g`` multiplies, if another one."""
+    def take_R(self, value: int, layer: str) -> Slot:
+        """All contributions at ``value`` as one ``R``."""
         parts = self.of_form(value, "R")
         g = self.of_form(value, "g") + [self._g_of_pair(value, pair, layer) for pair in self.of_form(value, "S")]
         if g:
-            carrier = value if carrier is None else carrier
-            parts = [*parts, self.b.emit(layer, None, "times", ops.times, (Slot(carrier), self.sum(g, layer)))]
+            parts = [*parts, self.b.emit(layer, None, "times", ops.times, (Slot(value), self.sum(g, layer)))]
         return self.sum(parts, layer)
 
     def _g_of_pair(self, value: int, pair: tuple[Slot, Slot | None], layer: str) -> Slot:

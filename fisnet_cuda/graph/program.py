@@ -85,7 +85,6 @@ class Plan:
     """What runs for each layer: ops of the forward and of relevance, rule, kernel. Printable, comparable."""
 
     rows: tuple[Row, ...]
-    note: str = ""
 
     def __str__(self) -> str:
         head = Row("layer", "forward", "relevance", "rule", "kernel")
@@ -93,7 +92,7 @@ class Plan:
         widths = [max(len(line[i]) for line in table) for i in range(5)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in table]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        return "\n".join(lines + ([self.note] if self.note else []))
+        return "\n".join(lines)
 
 
 class Program:

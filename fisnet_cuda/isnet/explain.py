@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..graph import Program, StreamSpec, build_graph
+from ..graph import Program, StreamSpec
 from ..rules import Rule, RuleMap, resolve
 from .module import ISNet
 
@@ -61,26 +61,18 @@ def relevance(
         True
     """
     net = _explainer(model, x, rules, backend, example_input)
-    if target is None:
-        net._check_input(x)
-        with torch.no_grad():
-            target = _top(net, x)
     return net._explain(x, target, False).heatmaps
-
-
-def _top(net: ISNet, x: Tensor) -> Tensor:
-    program = net._programs[False][0]
-    return program.run_forward(net.model, x, False)[program.lowered.logits].argmax(1)
 
 
 def _explainer(
     model: nn.Module, x: Tensor, rules: object, backend: str, example_input: Tensor | None
 ) -> ISNet:
+    """An ISNet that explains the top logit where no target is given."""
     rule_map = resolve(rules)
     example = example_input if example_input is not None else x if isinstance(x, Tensor) else None
     return ISNet(
-        _model_of(model), variant="original", first_layer="epsilon", rules=rule_map, backend=backend, check="first",
-        example_input=example, max_map_bytes=None,
+        _model_of(model), variant="selective", select="top", multilabel=True, first_layer="epsilon", rules=rule_map,
+        backend=backend, check="first", example_input=example, max_map_bytes=None,
     )  # fmt: skip
 
 
@@ -157,7 +149,7 @@ def check_conservation(
     inner = _model_of(model)
     net = _explainer(inner, x, rules, "auto", None)
     net._check_input(x)
-    graph = build_graph(inner, False, x)
+    graph = net._programs[False][0].graph
     program = Program(graph, (StreamSpec("epsilon", resolve(rules)),), taps=True)
     with torch.no_grad():
         env = program.run_forward(inner, x, False)

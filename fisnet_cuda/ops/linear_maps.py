@@ -176,7 +176,7 @@ def channel_scale(g: Tensor, scale: Tensor) -> Tensor:
         return g * reference.phi.channel_view(scale, g)
     g_k, scale_k = reference.phi.per_sample(g, scale.view(*scale.shape, *[1] * (g.dim() - scale.dim())))
     scaled = g_k * scale_k
-    return scaled.flatten(0, 1) if scaled.dim() > g.dim() else scaled
+    return reference.phi.fold_maps(scaled, g)
 
 
 class _PositivePart(torch.autograd.Function):

@@ -223,7 +223,7 @@ def times(v: Tensor, g: Tensor) -> Tensor:
     _check_maps("g", g, v)
     g_k, v_k = reference.phi.per_sample(g, v)
     R = g_k * v_k
-    return R.flatten(0, 1) if R.dim() > v.dim() else R
+    return reference.phi.fold_maps(R, v)
 
 
 def _number(eps: float | Tensor) -> float | Tensor:

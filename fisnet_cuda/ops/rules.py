@@ -15,7 +15,7 @@ from .. import reference
 from .._backend import kernel
 from ..reference import Geometry
 from .linear_maps import fprop, positive_part, transposed
-from .phi import stabilised_ratio
+from .phi import stabilised_ratio, times
 
 
 def channel_bias(t: Tensor, geometry: Geometry) -> Tensor:
@@ -75,6 +75,17 @@ def by_sign(a: Tensor, up: Tensor, down: Tensor) -> Tensor:
     k = up.shape[0] // a.shape[0]
     positive = (a >= 0).unsqueeze(1).expand(-1, k, *a.shape[1:]).flatten(0, 1)
     return torch.where(positive, up, -down)
+
+
+def where_nonneg(v: Tensor, g: Tensor) -> Tensor:
+    """``g`` where the value ``v [N, ...]`` is >= 0, else 0, over K maps: a negative contribution gets no z+ relevance.
+
+    Example:
+        >>> import torch
+        >>> where_nonneg(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 3.0]]))
+        tensor([[2., 0.]])
+    """
+    return times((v >= 0).to(g.dtype), g)
 
 
 def plus_transposed(

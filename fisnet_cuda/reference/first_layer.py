@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .linear_maps import Geometry, dgrad, fprop, wgrad
-from .phi import per_sample, ratio_backward, stabilise, sum_over_maps
+from .phi import fold_maps, per_sample, ratio_backward, stabilise, sum_over_maps
 
 
 def _bound(bound: Tensor, like: Tensor) -> Tensor:
@@ -88,11 +88,11 @@ def zb(
         # `work` is a map of the right size that nobody needs any more: fresh memory costs more than the division
         R_k, share = per_sample(R_out, torch.div(carrier, den, out=work if work is not den else None))
         s = share.mul_(R_k) if share.shape == R_k.shape and share.dtype == R_k.dtype else share * R_k
-    s = s.flatten(0, 1) if s.dim() > den.dim() else s
+    s = fold_maps(s, den)
     c_plus, c_minus = _dgrad_pair(s, W, geometry, tuple(x.shape[2:]))
     (c_plus_k, x_k), (c_minus_k, _) = per_sample(c_plus, x), per_sample(c_minus, x)
     R = torch.addcmul((x_k - _bound(low, x)) * c_plus_k, x_k - _bound(high, x), c_minus_k)
-    return (R.flatten(0, 1) if R.dim() > x.dim() else R), s, den
+    return fold_maps(R, x), s, den
 
 
 def zb_backward(
@@ -126,7 +126,7 @@ def zb_backward(
         u, carrier_k = per_sample(R_out_bar, carrier)
         carrier_bar = sum_over_maps(per_sample(g, carrier)[0] * u, carrier)
         R_out_bar = u * carrier_k
-        R_out_bar = R_out_bar.flatten(0, 1) if R_out_bar.dim() > carrier.dim() else R_out_bar
+        R_out_bar = fold_maps(R_out_bar, carrier)
     if need_W:
         plus, minus = _wgrad_pair(c_plus_bar, c_minus_bar, s, W, geometry)
         # the constant images are the same for every sample, so their share needs the batch's sum only

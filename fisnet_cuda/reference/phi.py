@@ -15,6 +15,11 @@ def per_sample(r: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     return r.unflatten(0, (a.shape[0], -1)), a.unsqueeze(1)
 
 
+def fold_maps(r: Tensor, a: Tensor) -> Tensor:
+    """Back from a `per_sample` view: ``[N, K, ...] -> [N*K, ...]``; ``a`` is the activation it was seen beside."""
+    return r.flatten(0, 1) if r.dim() > a.dim() else r
+
+
 def per_sample_eps(eps: Epsilon, r: Tensor, a: Tensor) -> Epsilon:
     """Epsilon beside `per_sample` views: a relative epsilon is ``[N, 1, ...]`` and needs the K axis too."""
     return eps.unsqueeze(1) if isinstance(eps, Tensor) and r.shape[0] != a.shape[0] else eps
@@ -56,14 +61,14 @@ def ratio(R: Tensor, z: Tensor, eps: Epsilon, nonneg: bool = False) -> tuple[Ten
     den = stabilise(z, eps, nonneg)
     R_k, den_k = per_sample(R, den)
     s = R_k / den_k
-    return (s.flatten(0, 1) if s.dim() > den.dim() else s), den
+    return fold_maps(s, den), den
 
 
 def ratio_backward(s_bar: Tensor, s: Tensor, den: Tensor, need_z: bool = True) -> tuple[Tensor, Tensor | None]:
     """``(R_bar, z_bar)``: ``R_bar = s_bar / den``, ``z_bar = -s R_bar`` summed over K."""
     s_bar_k, den_k = per_sample(s_bar, den)
     R_bar = s_bar_k / den_k
-    R_bar = R_bar.flatten(0, 1) if R_bar.dim() > den.dim() else R_bar
+    R_bar = fold_maps(R_bar, den)
     if not need_z:
         return R_bar, None
     return R_bar, sum_over_maps(per_sample(s * R_bar, den)[0], den).neg_()
@@ -100,7 +105,7 @@ def phi_scale(
         t = torch.div(a_k, t, out=t)
         # t can be reused in place only where it already has the size and dtype of the result
         s = t.mul_(joined) if t.shape == joined.shape and t.dtype == joined.dtype else t * joined
-    s = s.flatten(0, 1) if s.dim() > a.dim() else s
+    s = fold_maps(s, a)
     if scale is None:
         return s, s
     factor = channel_view(scale, s)
@@ -138,7 +143,7 @@ def phi_scale_backward(
             s_k = s.view(s_bar_k.shape) if s.shape != s_bar_k.shape else s
             ratio = s_k / a_k.clamp_min(torch.finfo(a.dtype).tiny)
             a_bar = sum_over_maps(ratio.mul_(u).mul_(e), a)
-    return (g_bar.flatten(0, 1) if g_bar.dim() > a.dim() else g_bar), a_bar, scale_bar
+    return fold_maps(g_bar, a), a_bar, scale_bar
 
 
 def dual_phi(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .phi import channel_dot, channel_view, per_sample, ratio_backward
+from .phi import channel_dot, channel_view, fold_maps, per_sample, ratio_backward
 
 
 def plus_affine(
@@ -29,7 +29,7 @@ def plus_affine(
         den = torch.where(den == 0, 1.0, den)
     R_k, den_k = per_sample(R, den)
     s = R_k / den_k
-    s = s.flatten(0, 1) if s.dim() > P.dim() else s
+    s = fold_maps(s, P)
     plus = s * channel_view(k.clamp(min=0), s)
     return plus, None if u is None else s * channel_view(k_minus, s), s, den
 

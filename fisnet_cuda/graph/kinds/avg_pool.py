@@ -6,7 +6,7 @@ Shared with the forward: for z+ the pool's output.
 import torch
 
 from ... import ops
-from ...ops.rules import by_sign
+from ...ops.rules import by_sign, where_nonneg
 from ...rules import ZPlus
 from ..ir import Slot
 
@@ -41,7 +41,7 @@ def relevance(b, index, node, stream) -> None:
         s = b.emit(node.name, rule, "ratio z+", _plus_ratio, operands)
         g = transposed(s)
         if not b.nonneg[source]:
-            g = b.emit(node.name, rule, "part", _where_positive, (Slot(source), g))
+            g = b.emit(node.name, rule, "part", where_nonneg, (Slot(source), g))
         stream.give(source, "g", g)
     for plus, minus in stream.of_form(index, "S"):  # a BatchNorm folded into this pool: no denominator of its own
         up = transposed(plus)
@@ -54,7 +54,3 @@ def relevance(b, index, node, stream) -> None:
 def _plus_ratio(R, v, pooled, nonneg, spatial, adaptive, settings, eps):
     up = pooled if nonneg else ops.avg_pool(torch.relu(v), spatial, adaptive, settings)
     return ops.stabilised_ratio(R, up, eps, True)
-
-
-def _where_positive(v, g):
-    return ops.times((v >= 0).to(g.dtype), g)

@@ -7,7 +7,7 @@ The others mix values: under z+ they divide by their own value, as an average po
 import torch
 
 from ... import ops
-from ...ops.rules import by_sign
+from ...ops.rules import by_sign, where_nonneg
 from ...rules import ZPlus
 from ..ir import Slot
 
@@ -88,4 +88,4 @@ def _plus(R, v, nonneg, op, settings, in_shape, eps):
     up = v if nonneg else torch.relu(v)
     s = ops.stabilised_ratio(R, ops.linear_op(up, op, settings), eps, True)
     g = ops.linear_op_transposed(s, op, settings, in_shape)
-    return g if nonneg else ops.times((v >= 0).to(g.dtype), g)
+    return g if nonneg else where_nonneg(v, g)

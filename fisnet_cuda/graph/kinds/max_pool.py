@@ -6,6 +6,7 @@ Shared with the forward: the winners' positions.
 import torch
 
 from ... import ops
+from ...ops.rules import where_nonneg
 from ...rules import ZPlus
 from ..ir import Slot
 
@@ -41,4 +42,4 @@ def relevance(b, index, node, stream) -> None:
 
 def _plus_ratio(R, v, nonneg, eps):
     s = ops.stabilised_ratio(R, v if nonneg else torch.relu(v), eps, True)
-    return s if nonneg else ops.times((v >= 0).to(s.dtype), s)
+    return s if nonneg else where_nonneg(v, s)
