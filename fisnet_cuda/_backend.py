@@ -1,7 +1,7 @@
 """Which implementation runs: the only file that knows whether the CUDA extension exists.
 
-Ops ask `kernel(name, backend, tensor)` for a function of `fisnet_cuda.reference`'s name and signature. Until the
-extension is installed, that is the reference itself.
+Ops ask `kernel(name, backend, tensor)` for a function of `fisnet_cuda.reference`'s name and signature: the one in
+`fisnet_cuda.ops.cuda` for CUDA tensors where the extension is installed, else the reference itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import platform
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
-from types import ModuleType
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,17 +22,26 @@ from .errors import FisnetWarning
 BACKENDS = ("auto", "reference", "cuda")
 
 
+KERNEL_DEVICES = frozenset({"cuda"})  # where the extension's kernels run (tests add "cpu", where the emulator serves them)
+
+
 @lru_cache(maxsize=1)
-def _load() -> tuple[ModuleType | None, str]:
-    """The module of CUDA kernels, or None and the reason why there is none."""
+def _load() -> tuple[dict[str, Callable] | None, str]:
+    """The kernels by the names of `reference`, or None and the reason why there are none."""
+    library = next(Path(__file__).parent.glob("_C*.so"), None)
+    if library is None:
+        return None, build_note() or "this installation has no compiled CUDA kernels (pure-Python install)"
     try:
-        return importlib.import_module("fisnet_cuda._kernels"), ""
-    except ModuleNotFoundError as error:
-        if error.name != "fisnet_cuda._kernels":
-            return None, f"the CUDA kernels failed to load: {error}"
-        return None, "this installation has no compiled CUDA kernels (pure-Python install)"
-    except (ImportError, OSError) as error:
+        torch.ops.load_library(library)
+    except OSError as error:
         return None, f"the CUDA kernels failed to load: {error}"
+    return importlib.import_module("fisnet_cuda.ops.cuda").KERNELS, ""
+
+
+def build_note() -> str:
+    """What setup.py left about a build without kernels; empty when it left nothing."""
+    note = Path(__file__).with_name("_build_note.txt")
+    return note.read_text().strip() if note.exists() else ""
 
 
 def check_backend(backend: str) -> str:
@@ -46,10 +55,10 @@ def check_backend(backend: str) -> str:
 
 def implementation(name: str, backend: str, device: torch.device | None = None) -> str:
     """The implementation that op ``name`` has: "reference" or "cuda", on ``device`` when it is known."""
-    extension = _load()[0]
-    if backend == "reference" or extension is None or not hasattr(extension, name):
+    kernels = _load()[0]
+    if backend == "reference" or kernels is None or name not in kernels:
         return "reference"
-    if backend == "cuda" or (device is not None and device.type == "cuda"):
+    if backend == "cuda" or (device is not None and device.type in KERNEL_DEVICES):
         return "cuda"
     return "reference" if device is not None else "cuda|reference"
 
@@ -60,16 +69,16 @@ def kernel(name: str, backend: str, tensor: Tensor) -> Callable:
     "auto" goes by the tensor's device; a CUDA tensor without the extension runs the reference and warns once with the
     reason; "cuda" without it raises.
     """
-    if backend == "reference" or tensor.device.type != "cuda":
+    if backend == "reference" or tensor.device.type not in KERNEL_DEVICES:
         if backend == "cuda":
             raise RuntimeError(f"backend='cuda' needs tensors on a GPU, got one on {tensor.device}: move the input")
         return getattr(reference, name)
-    extension, reason = _load()
-    if extension is None:
+    kernels, reason = _load()
+    if kernels is None:
         check_backend(backend)
         _warn_once(reason)
         return getattr(reference, name)
-    return getattr(extension, name, None) or getattr(reference, name)
+    return kernels.get(name) or getattr(reference, name)
 
 
 @lru_cache(maxsize=1)
@@ -95,8 +104,8 @@ def info() -> dict[str, str | bool]:
     """
     from . import __version__
 
-    extension, reason = _load()
-    remedy = "" if extension else "nothing to do on a CPU; for GPU kernels install a build of fisnet_cuda with CUDA"
+    kernels, reason = _load()
+    remedy = "" if kernels else "nothing to do on a CPU; for GPU kernels install a build of fisnet_cuda with CUDA"
     return {
         "fisnet_cuda": __version__,
         "python": platform.python_version(),
@@ -105,7 +114,7 @@ def info() -> dict[str, str | bool]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": str(torch.get_num_threads()),
         "reference": True,
-        "kernels": extension is not None,
+        "kernels": kernels is not None,
         "reason": reason,
         "remedy": remedy,
     }

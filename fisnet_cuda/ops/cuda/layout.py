@@ -1,0 +1,49 @@
+"""What kernels ask of their operands: one dtype, one dense memory layout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def acc_dtype(t: Tensor) -> torch.dtype:
+    """The dtype in which kernels accumulate, and take per-channel vectors, beside elements of ``t``."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether ``t`` is dense with its channels innermost; a tensor that is also contiguous counts as contiguous."""
+    memory_format = _CHANNELS_LAST.get(t.dim())
+    return memory_format is not None and not t.is_contiguous() and t.is_contiguous(memory_format=memory_format)
+
+
+def dense(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor | None]:
+    """The tensors ``[*, C, ...]`` in one dtype (the widest of theirs unless given) and in one layout.
+
+    The layout is channels_last where the first tensor is, else contiguous. Tensors that fit come back as they are.
+    """
+    given = [t for t in tensors if t is not None]
+    if dtype is None:
+        dtype = given[0].dtype
+        for t in given[1:]:
+            dtype = torch.promote_types(dtype, t.dtype)
+    last = next((is_channels_last(t) for t in given if not t.is_contiguous() or t.dim() not in _CHANNELS_LAST), False)
+    return [None if t is None else _fit(t.to(dtype), last) for t in tensors]
+
+
+def _fit(t: Tensor, channels_last: bool) -> Tensor:
+    if not channels_last:
+        return t.contiguous()
+    return t.contiguous(memory_format=_CHANNELS_LAST[t.dim()])
+
+
+def vector(v: Tensor | None, like: Tensor) -> Tensor | None:
+    """A per-channel vector as kernels take it: accumulation dtype, contiguous."""
+    return None if v is None else v.to(acc_dtype(like)).contiguous()
+
+
+def or_none(t: Tensor) -> Tensor | None:
+    """An operator's result, None where it is absent (operators return an empty tensor then)."""
+    return t if t.numel() else None
