@@ -18,8 +18,10 @@
 #undef __shared__
 #define __shared__ static_assert(false, "use FISNET_SHARED or FISNET_DYN_SMEM");
 
-extern uint3 threadIdx, blockIdx;
-extern dim3 blockDim, gridDim;
+// The compiler does not show calls of these two: kernel files call the emulator's own.
+extern "C" void* memcpy(void* to, const void* from, size_t bytes) noexcept __asm__("fisnet_emu_memcpy");
+extern "C" void* memset(void* to, int value, size_t bytes) noexcept __asm__("fisnet_emu_memset");
+
 constexpr int warpSize = 32;
 
 // ---- the block -------------------------------------------------------------------------------------------------------

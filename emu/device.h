@@ -6,6 +6,9 @@
 // noinline, because gcc would otherwise inline them into code that is instrumented.
 #define EMU_UNSEEN __attribute__((no_sanitize("thread"), noinline))
 
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
 namespace emu {
 enum class Access { read, write, atomic };
 

@@ -391,5 +391,16 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
+void* fisnet_emu_memcpy(void* to, const void* from, unsigned long n) {
+  void* p = const_cast<void*>(from);
+  SEEN(read, n, 1);
+  p = to;
+  SEEN(write, n, 1);
+  return std::memcpy(to, from, n);
+}
+void* fisnet_emu_memset(void* p, int value, unsigned long n) {
+  SEEN(write, n, 1);
+  return std::memset(p, value, n);
+}
 unsigned char __tsan_atomic8_load(const volatile unsigned char* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }  // guards of local statics
 }

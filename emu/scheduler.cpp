@@ -4,12 +4,12 @@
 // started. A thread that blocks keeps its stack and hands the processor to the next one directly.
 #include <sys/mman.h>
 #include <unistd.h>
+#include <vector_functions.h>
 
 #include <algorithm>
 #include <cstring>
 #include <numeric>
 
-#include "cuda_builtins.h"
 #include "internal.h"
 
 uint3 threadIdx, blockIdx;
