@@ -86,9 +86,9 @@ def load() -> None:
     torch.ops.load_library(build("emulator") / "emu" / "emulator.so")
 
 
-def configure(order: str = "in order", seed: int = 1, async_random: bool = False, checks: bool = True) -> None:
-    """Set the schedule of threads and blocks, and whether accesses are checked."""
-    torch.ops.fisnet_emulator.config(ORDERS[order], seed, async_random, checks)
+def configure(order: str = "in order", seed: int = 1, async_random: bool = False, checks: bool = True, max_shared: int = -1) -> None:
+    """Set the schedule of threads and blocks, whether accesses are checked, and the bytes of shared memory that a block may have."""
+    torch.ops.fisnet_emulator.config(ORDERS[order], seed, async_random, checks, max_shared)
 
 
 def symbolize(message: str) -> str:

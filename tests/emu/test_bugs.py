@@ -2,7 +2,9 @@
 lacks the bug."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +23,7 @@ class Bug(NamedTuple):
     x: int = 64  # how many random float32
     y: int = 64  # how many of `dtype`
     dtype: type = np.float32
-    settings: dict[str, Any] = {}
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
 BUGS = {
@@ -49,11 +51,11 @@ BUGS = {
     "misaligned_vector": Bug("misaligned read of 16 bytes at an address that is a multiple of 4", 8, 33, 32, settings={"n": 1}),
     "local_of_another_thread": Bug("read of another thread's local variable", 32, y=32),
     "overlapping_blocks": Bug(f"{CONFLICT}write .* after a write by block", y=128, settings={"grid": 2}),
-    "overlapping_bytes": Bug(f"{CONFLICT}write of byte 6 of 'y' .* after a write by block", 7, y=14, dtype=np.uint8, settings={"grid": 2}),
+    "overlapping_bytes": Bug(f"{CONFLICT}write of byte 6 of 'y' .* after a write by block", 7, 1, 14, np.uint8, {"grid": 2}),
     "overlapping_words": Bug(f"{CONFLICT}write of byte (4|8) of 'y' .* after a write by block", 64, 192, 6, np.uint32, {"grid": 3}),
     "read_of_another_block": Bug(f"{CONFLICT}(read|write) .* after a (write|read) by block", y=128, settings={"grid": 2}),
     "global_without_barrier": Bug(f"{CONFLICT}(read .* after a write|write .* after a read) by thread", y=128),
-    "count_read_too_early": Bug(f"{CONFLICT}(read .* after an atomic|atomic .* after a read) by block", y=2, dtype=np.uint32, settings={"grid": 3}),
+    "count_read_too_early": Bug(f"{CONFLICT}(read .* an atomic|atomic .* a read) by block", 64, 1, 2, np.uint32, {"grid": 3}),
     "read_of_unwritten": Bug("read of byte .* of 'y' .*, which nothing has written"),
     "divergent_barrier": Bug(r"divergent __syncthreads at .*bugs.cu:\d+, while others wait at .*bugs.cu:\d+"),
     "deadlock": Bug(r"deadlock: \d+ threads never got past:\n  thread \(\d+,0,0\): __sync"),

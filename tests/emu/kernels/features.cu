@@ -236,10 +236,10 @@ __global__ void order_of_threads(UnitParams p) {
 UNIT(order_of_threads);
 
 // ---- tensor cores: one warp, d [16, 8] = a [16, K] b [K, 8], row-major ---------------------------------------------------
-// x holds a, then b. `n` elements of padding a row in shared memory.
+// x holds a, then b. The rows of a have `n` elements of padding in shared memory.
 template <typename T> __global__ void product16(UnitParams p) {
   FISNET_DYN_SMEM(T, s);
-  const int l = tid(), row_a = 16 + p.n, row_b = 8 + p.n;
+  const int l = tid(), row_a = 16 + p.n, row_b = 8;
   T* const b_at = s + 16 * row_a;
   for (int i = l; i < 32; i += 32) cp_async16(s + (i / 2) * row_a + 8 * (i % 2), from<T>(p) + 8 * i, true);
   if (l < 16) cp_async16(b_at + l * row_b, from<T>(p) + 256 + 8 * l, true);
