@@ -17,7 +17,8 @@ void cp_async(void* to, const void* from, int bytes, int from_bytes) {
   const void* pc = __builtin_return_address(0);
   Inside inside;
   const auto misaligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) != 0; };
-  if (misaligned(to) || (from_bytes && misaligned(from))) fail("cp.async of " + std::to_string(bytes) + " bytes at an address that is not a multiple of it");
+  if (misaligned(to) || (from_bytes && misaligned(from)))
+    fail("cp.async of " + std::to_string(bytes) + " bytes at an address that is not a multiple of it");
   if (!in_shared(to, static_cast<size_t>(bytes))) fail("cp.async to memory that is not shared");
   if (from_bytes) touch(from, static_cast<size_t>(from_bytes), Access::read, pc);
   touch(to, static_cast<size_t>(bytes), Access::write, pc);

@@ -18,7 +18,8 @@ namespace {
 using fisnet::DType;
 using fisnet::Field;
 const std::map<std::string, DType> kDTypes = {{"f32", DType::f32}, {"bf16", DType::bf16}, {"f16", DType::f16}, {"f64", DType::f64}};
-const std::map<std::string, emu::Order> kOrders = {{"in order", emu::Order::in_order}, {"reversed", emu::Order::reversed}, {"random", emu::Order::random}};
+const std::map<std::string, emu::Order> kOrders = {
+    {"in order", emu::Order::in_order}, {"reversed", emu::Order::reversed}, {"random", emu::Order::random}};
 
 template <typename T> std::string choices(const std::map<std::string, T>& of) {
   std::string text;
@@ -69,7 +70,8 @@ class Filler {
     }
     for (const auto& item : values_) {
       const auto given = item.first.cast<std::string>();
-      if (std::find(names.begin(), names.end(), given) == names.end()) throw py::type_error(launcher_ + ": no field '" + given + "'; the fields are" + all);
+      if (std::find(names.begin(), names.end(), given) == names.end())
+        throw py::type_error(launcher_ + ": no field '" + given + "'; the fields are" + all);
     }
   }
 
@@ -80,7 +82,9 @@ class Filler {
   }
 
  private:
-  [[noreturn]] void fail(const Field& field, const std::string& what) const { throw py::type_error(launcher_ + ": field '" + field.name + "' " + what); }
+  [[noreturn]] void fail(const Field& field, const std::string& what) const {
+    throw py::type_error(launcher_ + ": field '" + field.name + "' " + what);
+  }
 
   template <typename T> T number(const Field& field, const py::object& value, const char* what) const {
     try {
@@ -141,8 +145,11 @@ PYBIND11_MODULE(FISNET_EMU_MODULE, m) {
   }, "The names that launch() takes.");
   m.def("fields", [](const std::string& name) { return Filler::field_names(find(name)); }, "name"_a, "The fields of a launcher's parameters.");
   m.def("launch", &launch, "name"_a,
-        "Run a launcher. Fields by name: contiguous arrays (bfloat16 as uint16) or None for pointers, numbers, bools, and 'f32', 'bf16', 'f16' or 'f64' for dtypes.");
-  m.def("config", &config, py::kw_only(), "order"_a = "in order", "seed"_a = 1, "async_random"_a = false, "races"_a = true, "bounds"_a = true,
-        "max_shared"_a = emu::Options{}.max_shared, "Set the schedule, what is checked, and the shared memory that a block may have; what is left out goes back to its default.");
+        "Run a launcher. Fields by name: contiguous arrays (bfloat16 as uint16) or None for pointers, numbers, bools, and\n"
+        "'f32', 'bf16', 'f16' or 'f64' for dtypes.");
+  m.def("config", &config, py::kw_only(), "order"_a = "in order", "seed"_a = 1, "async_random"_a = false, "races"_a = true,
+        "bounds"_a = true, "max_shared"_a = emu::Options{}.max_shared,
+        "Set the schedule, what is checked, and the shared memory that a block may have; what is left out goes back to its\n"
+        "default.");
   m.def("stats", &stats, "What has been run since the last call.");
 }

@@ -25,10 +25,11 @@ extern "C" void* memset(void* to, int value, size_t bytes) noexcept __asm__("fis
 constexpr int warpSize = 32;
 
 // ---- the block -------------------------------------------------------------------------------------------------------
-#define __syncthreads() static_cast<void>(::emu::barrier(false, __FILE__, __LINE__, __COUNTER__))
-#define __syncthreads_count(predicate) ::emu::barrier((predicate) != 0, __FILE__, __LINE__, __COUNTER__)
-#define __syncthreads_or(predicate) static_cast<int>(::emu::barrier((predicate) != 0, __FILE__, __LINE__, __COUNTER__) != 0)
-#define __syncthreads_and(predicate) static_cast<int>(::emu::barrier((predicate) == 0, __FILE__, __LINE__, __COUNTER__) == 0)
+#define EMU_BARRIER(predicate) ::emu::barrier(predicate, __FILE__, __LINE__, __COUNTER__)
+#define __syncthreads() static_cast<void>(EMU_BARRIER(false))
+#define __syncthreads_count(predicate) EMU_BARRIER((predicate) != 0)
+#define __syncthreads_or(predicate) static_cast<int>(EMU_BARRIER((predicate) != 0) != 0)
+#define __syncthreads_and(predicate) static_cast<int>(EMU_BARRIER((predicate) == 0) == 0)
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
@@ -42,12 +43,14 @@ template <typename T> EMU_UNSEEN void exchange(void* const* args, uint32_t mask)
   for (int lane = 0; lane < 32; ++lane) {
     if (!has_lane(mask, lane)) continue;
     auto* me = static_cast<Shuffle<T>*>(args[lane]);
-    if (!has_lane(mask, me->from)) fail("shuffle: lane " + std::to_string(lane) + " reads lane " + std::to_string(me->from) + ", which takes no part");
+    if (!has_lane(mask, me->from))
+      fail("shuffle: lane " + std::to_string(lane) + " reads lane " + std::to_string(me->from) + ", which takes no part");
     me->out = static_cast<Shuffle<T>*>(args[me->from])->in;
   }
 }
 template <typename T> EMU_UNSEEN T shuffle(uint32_t mask, T value, int from, int width) {
-  static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8), "CUDA shuffles 16, 32 and 64-bit types");
+  static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8),
+                "CUDA shuffles 16, 32 and 64-bit types");
   if (width < 1 || width > 32 || (width & (width - 1))) fail("shuffle: the width must be a power of two, got " + std::to_string(width));
   Shuffle<T> s{value, value, from};
   collective(mask, &exchange<T>, &s, "shuffle", false);

@@ -137,17 +137,23 @@ std::string where_is(uintptr_t at) {
   if (address(grid.shared) <= at && at < address(grid.shared) + grid.shared_bytes) {
     const size_t offset = at - address(grid.shared);
     if (offset < grid.dynamic_bytes) return "byte " + std::to_string(offset) + " of dynamic shared memory";
-    for (size_t i = 0; i < grid.slots.size(); ++i)
-      if (offset - grid.slots[i].offset < grid.slots[i].bytes) return "byte " + std::to_string(offset - grid.slots[i].offset) + " of a shared array of " + std::to_string(grid.slots[i].bytes) + " bytes";
+    for (const Slot& slot : grid.slots)
+      if (offset - slot.offset < slot.bytes)
+        return "byte " + std::to_string(offset - slot.offset) + " of a shared array of " + std::to_string(slot.bytes) + " bytes";
   }
   for (size_t i = 0; i < allowed; ++i)
     if (buffers[i].holds(at, 1)) return "byte " + std::to_string(at - buffers[i].begin) + " of " + buffers[i].name;
   return "an unknown place";
 }
 
-[[noreturn]] void fail_order(bool shared, Access access, uintptr_t at, const Record& before, uint32_t lanes, const char* what_before, const void* pc) {
-  fail(std::string(shared ? "shared-memory race" : "global-memory conflict") + ": " + verb(access) + " of " + where_is(at) + " " + place(offset_of(pc)) +
-       " after a" + (*what_before == 'a' ? "n " : " ") + what_before + " by " + who(before, lanes) + ", with no barrier between them");
+// "read of byte 4 of 'y' [file+0xoffset]"
+std::string describe(Access access, uintptr_t at, const void* pc) {
+  return std::string(verb(access)) + " of " + where_is(at) + " " + place(offset_of(pc));
+}
+
+[[noreturn]] void fail_order(bool shared, const std::string& access, const char* before, const std::string& by) {
+  fail(std::string(shared ? "shared-memory race: " : "global-memory conflict: ") + access + " after " + before + " by " + by +
+       ", with no barrier between them");
 }
 
 [[noreturn]] void fail_bounds(uintptr_t at, size_t bytes, Access access, const void* pc) {
@@ -159,7 +165,8 @@ std::string where_is(uintptr_t at) {
     const size_t distance = before ? b.begin - at : at + bytes - b.end;
     if (distance >= nearest) continue;
     nearest = distance;
-    where = ", " + std::to_string(distance) + " bytes " + (before ? "before" : "past the end of") + " " + b.name + " (" + std::to_string(b.end - b.begin) + " bytes)";
+    where = ", " + std::to_string(distance) + " bytes " + (before ? "before " : "past the end of ") + b.name + " (" +
+            std::to_string(b.end - b.begin) + " bytes)";
   }
   fail(std::string("out-of-bounds ") + verb(access) + " of " + std::to_string(bytes) + " bytes " + place(offset_of(pc)) + where);
 }
@@ -203,14 +210,16 @@ template <bool kShared> void remember(Record& r, bool merge, const void* pc) {
 template <bool kShared> void check_order(Cell& cell, uintptr_t at, Access access, const void* pc) {
   Record& w = cell.write;
   Record& r = cell.read;
-  if (kShared && w.in_flight && w.epoch >= grid.block_start) fail_order(kShared, access, at, w, w.lanes, "cp.async in flight", pc);
+  if (kShared && w.in_flight && w.epoch >= grid.block_start)
+    fail_order(kShared, describe(access, at, pc), "a cp.async in flight", who(w, w.lanes));
   if (!(w.atomic && access == Access::atomic))
-    if (const uint32_t lanes = unordered<kShared>(w)) fail_order(kShared, access, at, w, lanes, w.atomic ? "atomic" : "write", pc);
+    if (const uint32_t lanes = unordered<kShared>(w))
+      fail_order(kShared, describe(access, at, pc), w.atomic ? "an atomic" : "a write", who(w, lanes));
   if (access == Access::read) {
     remember<kShared>(r, true, pc);
     return;
   }
-  if (const uint32_t lanes = unordered<kShared>(r)) fail_order(kShared, access, at, r, lanes, "read", pc);
+  if (const uint32_t lanes = unordered<kShared>(r)) fail_order(kShared, describe(access, at, pc), "a read", who(r, lanes));
   const bool atomic = access == Access::atomic;
   remember<kShared>(w, atomic && w.atomic, pc);
   w.atomic = atomic;
@@ -227,8 +236,11 @@ bool poisoned(uintptr_t at, size_t bytes) {
 void check_shared(uintptr_t at, size_t bytes, Access access, const void* pc) {
   const size_t offset = at - address(grid.shared);
   bool inside = offset + bytes <= grid.dynamic_bytes;
-  for (size_t i = 0; !inside && i < grid.slots.size(); ++i) inside = offset >= grid.slots[i].offset && offset + bytes <= grid.slots[i].offset + grid.slots[i].bytes;
-  if (!inside) fail(std::string("out-of-bounds shared-memory ") + verb(access) + " of " + std::to_string(bytes) + " bytes " + place(offset_of(pc)) + ", dynamic size " + std::to_string(grid.dynamic_bytes));
+  for (const Slot& slot : grid.slots) inside |= offset >= slot.offset && offset + bytes <= slot.offset + slot.bytes;
+  if (!inside)
+    fail(std::string("out-of-bounds shared-memory ") + verb(access) + " of " + std::to_string(bytes) + " bytes " + place(offset_of(pc)) +
+         "; there are " + std::to_string(grid.dynamic_bytes) + " bytes of dynamic shared memory and " + std::to_string(grid.slots.size()) +
+         " shared arrays");
   if (opt.check_races) shared_shadow.each(at, bytes, [&](Cell& cell) { check_order<true>(cell, at, access, pc); });
 }
 
@@ -238,7 +250,7 @@ void check_buffer(Buffer& b, uintptr_t at, size_t bytes, Access access, const vo
     unwritten |= cell.write.epoch < b.since;
     check_order<false>(cell, at, access, pc);
   });
-  if (access != Access::write && unwritten && poisoned(at, bytes)) fail("read of " + where_is(at) + " " + place(offset_of(pc)) + ", which nothing has written");
+  if (access != Access::write && unwritten && poisoned(at, bytes)) fail(describe(access, at, pc) + ", which nothing has written");
 }
 
 void check_global(uintptr_t at, size_t bytes, Access access, const void* pc) {
@@ -246,23 +258,26 @@ void check_global(uintptr_t at, size_t bytes, Access access, const void* pc) {
   for (size_t i = 0, k = last_hit; i < allowed; ++i, k = k + 1 < allowed ? k + 1 : 0) {
     Buffer& b = buffers[k];
     if (!b.holds(at, bytes)) continue;
-    if (writes && !b.writable) fail(std::string(verb(access)) + " to " + b.name + ", which is read-only " + place(offset_of(pc)));
+    if (writes && !b.writable) fail(describe(access, at, pc) + ", which is read-only");
     last_hit = k;
     if (b.writable && opt.check_global) check_buffer(b, at, bytes, access, pc);
     return;
   }
   if (!opt.check_bounds) return;
-  if (Range{stack_of(0), kMaxThreads * kStackBytes}.holds(at)) fail(std::string(verb(access)) + " of another thread's local variable " + place(offset_of(pc)));
+  if (Range{stack_of(0), kMaxThreads * kStackBytes}.holds(at))
+    fail(std::string(verb(access)) + " of another thread's local variable " + place(offset_of(pc)));
   fail_bounds(at, bytes, access, pc);
 }
 
 void check(uintptr_t at, size_t bytes, size_t align, Access access, const void* pc) {
   if (at & (align - 1))
-    fail(std::string("misaligned ") + verb(access) + " of " + std::to_string(bytes) + " bytes at an address that is a multiple of " + std::to_string(at & -at) + " " + place(offset_of(pc)));
+    fail(std::string("misaligned ") + verb(access) + " of " + std::to_string(bytes) + " bytes at an address that is a multiple of " +
+         std::to_string(at & -at) + " " + place(offset_of(pc)));
   if (at - address(grid.shared) < grid.shared_bytes) check_shared(at, bytes, access, pc);
   else check_global(at, bytes, access, pc);
 }
 
+// Memory that needs no check: the thread's own, and what no kernel writes.
 bool unshared(uintptr_t at) { return own_stack.holds(at) || library.holds(at) || parameters.holds(at); }
 }  // namespace
 
@@ -293,7 +308,9 @@ void* static_shared(SharedArray& array) {
     size_t used = array.bytes;
     for (const Slot& slot : grid.slots) used += slot.bytes;
     if (used > kStaticShared) fail("the shared arrays of this kernel have more than 48 KB");
-    if (used + grid.dynamic_bytes > opt.max_shared) fail("this block has " + std::to_string(used + grid.dynamic_bytes) + " bytes of shared memory, and may have " + std::to_string(opt.max_shared));
+    if (used + grid.dynamic_bytes > opt.max_shared)
+      fail("this block has " + std::to_string(used + grid.dynamic_bytes) + " bytes of shared memory, and may have " +
+           std::to_string(opt.max_shared));
     const size_t offset = (grid.shared_bytes + array.align - 1) / array.align * array.align;
     array.launch_no = grid.launch_no;
     array.offset = offset;
@@ -305,7 +322,9 @@ void* static_shared(SharedArray& array) {
   return grid.shared + array.offset;
 }
 
-bool in_shared(const void* p, size_t bytes) { return address(p) >= address(grid.shared) && address(p) + bytes <= address(grid.shared) + grid.shared_bytes; }
+bool in_shared(const void* p, size_t bytes) {
+  return address(p) >= address(grid.shared) && address(p) + bytes <= address(grid.shared) + grid.shared_bytes;
+}
 
 void mark_in_flight(const void* p, size_t bytes) {
   if (opt.check_races) shared_shadow.each(address(p), bytes, [](Cell& cell) { cell.write.in_flight = true; });
@@ -374,11 +393,9 @@ static inline __attribute__((always_inline)) void seen(void* p, size_t bytes, si
 // ---- the call-outs of gcc's -fsanitize=thread, answered here instead of by libtsan ---------------------------------------------
 #define SEEN(access, bytes, align) emu::seen(p, bytes, align, emu::Access::access, __builtin_return_address(0))
 // On a GPU an access of n bytes must be aligned to n. Ranges are copies of structs, which a GPU makes member by member.
-#define OF_SIZE(n)                                            \
-  void __tsan_read##n(void* p) { SEEN(read, n, n); }          \
-  void __tsan_write##n(void* p) { SEEN(write, n, n); }        \
-  void __tsan_volatile_read##n(void* p) { SEEN(read, n, n); } \
-  void __tsan_volatile_write##n(void* p) { SEEN(write, n, n); }
+#define OF_SIZE(n)                                   \
+  void __tsan_read##n(void* p) { SEEN(read, n, n); } \
+  void __tsan_write##n(void* p) { SEEN(write, n, n); }
 extern "C" {
 OF_SIZE(1)
 OF_SIZE(2)
@@ -390,7 +407,6 @@ void __tsan_write_range(void* p, unsigned long n) { SEEN(write, n, 1); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
-void __tsan_vptr_update(void**, void*) {}
 void* fisnet_emu_memcpy(void* to, const void* from, unsigned long n) {
   void* p = const_cast<void*>(from);
   SEEN(read, n, 1);

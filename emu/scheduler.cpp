@@ -70,7 +70,8 @@ void make_stacks() {
   void* p = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw Error("no memory for the stacks of emulated threads");
   stacks = static_cast<char*>(p);
-  for (int i = 0; i < kMaxThreads; ++i) mprotect(stacks + i * kStackBytes, static_cast<size_t>(sysconf(_SC_PAGESIZE)), PROT_NONE);  // else an overflow goes on in the next stack
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  for (int i = 0; i < kMaxThreads; ++i) mprotect(stacks + i * kStackBytes, page, PROT_NONE);  // an overflow must not go on in the next
 }
 
 void* first_frame(int stack, void (*entry)()) {
@@ -119,7 +120,7 @@ Thread* next_thread() {
   if (!w) return nullptr;
   int lane = __builtin_ctz(w->ready);
   if (opt.order == Order::reversed) lane = 31 - __builtin_clz(w->ready);
-  if (opt.order == Order::random) lane = nth_lane(w->ready, static_cast<int>(draw() % static_cast<unsigned>(__builtin_popcount(w->ready))));
+  if (opt.order == Order::random) lane = nth_lane(w->ready, static_cast<int>(draw() % static_cast<uint64_t>(__builtin_popcount(w->ready))));
   w->ready &= ~(1u << lane);
   return &grid.threads[static_cast<size_t>(w - grid.warps.data()) * kWarp + static_cast<size_t>(lane)];
 }
@@ -258,7 +259,7 @@ void start_block() {
       if (++index.y == blockDim.y) index.y = 0, ++index.z;
     }
   }
-  free_stacks.resize(kMaxThreads);
+  free_stacks.resize(static_cast<size_t>(grid.size));
   std::iota(free_stacks.rbegin(), free_stacks.rend(), 0);  // the lowest first: the same few stacks, warm in the cache
 }
 
@@ -296,7 +297,8 @@ std::vector<uint64_t> block_order(uint64_t count) {
 
 bool valid(dim3 g, dim3 b) {
   const uint64_t threads = uint64_t{b.x} * b.y * b.z;
-  return g.x && g.y && g.z && g.x <= 0x7fffffffu && g.y <= 65535 && g.z <= 65535 && threads && b.x <= kMaxThreads && b.y <= kMaxThreads && b.z <= 64 && threads <= kMaxThreads;
+  const bool blocks_fit = g.x && g.y && g.z && g.x <= 0x7fffffffu && g.y <= 65535 && g.z <= 65535;
+  return blocks_fit && threads && threads <= kMaxThreads && b.x <= kMaxThreads && b.y <= kMaxThreads && b.z <= 64;
 }
 }  // namespace
 
@@ -326,7 +328,8 @@ int barrier(bool predicate, const char* file, int line, int site) {
   Inside inside;
   Thread& me = *grid.current;
   if (at.arrived && at.site != site)
-    fail(std::string("divergent __syncthreads at ") + file + ":" + std::to_string(line) + ", while others wait at " + at.file + ":" + std::to_string(at.line));
+    fail(std::string("divergent __syncthreads at ") + file + ":" + std::to_string(line) + ", while others wait at " + at.file + ":" +
+         std::to_string(at.line));
   at.file = file;
   at.line = line;
   at.site = site;
@@ -351,7 +354,8 @@ void collective(uint32_t mask, WarpOp op, void* arg, const char* what, bool orde
   for (int i = 0; i < kWarp; ++i) {
     const Arrival& other = w.lane[i];
     if (!has_lane(w.arrived, i) || !(other.mask & mask)) continue;
-    if (other.mask != mask || other.op != op) fail(std::string("divergent warp collective: ") + what + " against " + other.what + " of lane " + std::to_string(i));
+    if (other.mask != mask || other.op != op)
+      fail(std::string("divergent warp collective: ") + what + " against " + other.what + " of lane " + std::to_string(i));
   }
   w.arrived |= me.bit();
   me.waits_for = what;
@@ -387,7 +391,8 @@ cudaError_t run_grid(dim3 blocks, dim3 threads, size_t dynamic_bytes, void (*run
     ~Active() { grid.active = false; }
   } active;
   for (uint64_t k : block_order(uint64_t{blocks.x} * blocks.y * blocks.z)) {
-    blockIdx = make_uint3(static_cast<unsigned>(k % blocks.x), static_cast<unsigned>(k / blocks.x % blocks.y), static_cast<unsigned>(k / blocks.x / blocks.y));
+    const uint64_t row = k / blocks.x;
+    blockIdx = make_uint3(static_cast<unsigned>(k % blocks.x), static_cast<unsigned>(row % blocks.y), static_cast<unsigned>(row / blocks.y));
     run_block();
   }
   return cudaSuccess;

@@ -37,8 +37,9 @@ EMU_UNSEEN inline void load_matrices(void* const* args, uint32_t mask) {
     for (int j = 0; j < count; ++j) {
       uint16_t element[2];
       for (int i = 0; i < 2; ++i) {
-        const int row = me->transposed ? 2 * (lane & 3) + i : lane >> 2, column = me->transposed ? lane >> 2 : 2 * (lane & 3) + i;
-        std::memcpy(&element[i], static_cast<const char*>(static_cast<MatrixLoad*>(args[8 * j + row])->row) + 2 * column, 2);
+        const int across = 2 * (lane & 3) + i, down = lane >> 2;
+        const void* row = static_cast<MatrixLoad*>(args[8 * j + (me->transposed ? across : down)])->row;
+        std::memcpy(&element[i], static_cast<const char*>(row) + 2 * (me->transposed ? down : across), 2);
       }
       me->out[j] = uint32_t{element[0]} | uint32_t{element[1]} << 16;
     }
@@ -79,8 +80,9 @@ template <Operand kType> EMU_UNSEEN void multiply(void* const* args, uint32_t ma
       for (int i = 0; i < 4; ++i) a[group + 8 * (i & 1)][t + 4 * (i >> 1)] = tf32_value(me->a[i]);
       for (int i = 0; i < 2; ++i) b[t + 4 * i][group] = tf32_value(me->b[i]);
     } else {  // two elements a register
-      for (int i = 0; i < 8; ++i) a[group + 8 * ((i >> 1) & 1)][2 * t + (i & 1) + 8 * (i >> 2)] = half_value(kType, me->a[i >> 1] >> 16 * (i & 1) & 0xffffu);
-      for (int i = 0; i < 4; ++i) b[2 * t + (i & 1) + 8 * (i >> 1)][group] = half_value(kType, me->b[i >> 1] >> 16 * (i & 1) & 0xffffu);
+      const auto element = [](const uint32_t* registers, int i) { return half_value(kType, registers[i >> 1] >> 16 * (i & 1) & 0xffffu); };
+      for (int i = 0; i < 8; ++i) a[group + 8 * ((i >> 1) & 1)][2 * t + (i & 1) + 8 * (i >> 2)] = element(me->a, i);
+      for (int i = 0; i < 4; ++i) b[2 * t + (i & 1) + 8 * (i >> 1)][group] = element(me->b, i);
     }
   }
   for (int lane = 0; lane < 32; ++lane) {

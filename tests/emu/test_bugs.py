@@ -47,7 +47,7 @@ BUGS = {
     "copy_past_the_end": Bug(f"out-of-bounds read of 256 bytes .*, 4 {PAST} 'x'", 1, settings={"n": 256}),
     "shared_past_the_end": Bug("out-of-bounds shared-memory write of 4 bytes", settings={"shared": 256}),
     "array_past_the_end": Bug("out-of-bounds shared-memory write of 4 bytes"),
-    "write_to_input": Bug("write to 'x', which is read-only"),
+    "write_to_input": Bug(r"write of byte \d+ of 'x' .*, which is read-only"),
     "misaligned_vector": Bug("misaligned read of 16 bytes at an address that is a multiple of 4", 8, 33, 32, settings={"n": 1}),
     "local_of_another_thread": Bug("read of another thread's local variable", 32, y=32),
     "overlapping_blocks": Bug(f"{CONFLICT}write .* after a write by block", y=128, settings={"grid": 2}),
