@@ -92,7 +92,7 @@ struct Inside {
 
 // scheduler.cpp
 [[noreturn]] void abandon();          // leaves the block for good, grid.error says why
-uintptr_t stack_of(int stack);         // its lowest address
+uintptr_t stack_of(int stack);        // its lowest address
 uint64_t draw();                      // the next random number of the schedule
 std::string triple(uint3 i);
 std::string name_of(const Thread& t);
