@@ -1,19 +1,25 @@
-// One kernel source, two compilers: nvcc (device code) and g++ (-x c++ -DFIS_EMU, tests on machines without a GPU).
+// One kernel source, two compilers: nvcc (device code) and g++ (with FISNET_EMU: the emulator, for tests without a GPU).
 // Kernels use CUDA's own spelling; only what g++ cannot know is wrapped here.
+//
+//   FISNET_SHARED(T, name, N);    N elements of static shared memory, aligned to 16 bytes, at the start of a function body
+//   FISNET_DYN_SMEM(T, name);     the dynamic shared memory of the launch, as T*, aligned to 128 bytes
+//   FISNET_UNROLL                 before a loop
 #pragma once
 #include <cstdint>
+#include <utility>
 #if defined(FISNET_EMU)
-#include "cuda_emu.h"
-#define FISNET_DYN_SMEM(T, name) T* name = static_cast<T*>(::emu::dyn_smem())
-#define FISNET_SHARED(T, name, N) \
-  static const int name##_slot = ::emu::new_static_slot(sizeof(T) * (N), alignof(T) < 16 ? 16 : alignof(T)); \
-  T* const name = static_cast<T*>(::emu::static_slot(name##_slot))
+#include "cuda_builtins.h"
+#include "tensor_core.h"
+#define FISNET_DYN_SMEM(T, name) T* const name = static_cast<T*>(::emu::dynamic_shared())
+#define FISNET_SHARED(T, name, N)                                                                 \
+  static ::emu::SharedArray name##_array{sizeof(T) * (N), alignof(T) < 16 ? 16 : alignof(T), 0, 0}; \
+  T* const name = static_cast<T*>(::emu::static_shared(name##_array))
 #define FISNET_UNROLL
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#define FISNET_DYN_SMEM(T, name)                               \
+#define FISNET_DYN_SMEM(T, name)                                     \
   extern __shared__ __align__(128) unsigned char fisnet_dyn_smem_[]; \
   T* const name = reinterpret_cast<T*>(fisnet_dyn_smem_)
 #define FISNET_SHARED(T, name, N) __shared__ __align__(16) T name[N]
@@ -22,6 +28,7 @@
 
 namespace fisnet {
 // ---- launch: the same call in both worlds, no <<<>>> ------------------------------------------------
+// Arguments become the kernel's parameter types here, so a wrong one is a compile error.
 template <typename... P, typename... A>
 inline cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream, A&&... args) {
 #if defined(FISNET_EMU)
@@ -86,7 +93,7 @@ template <typename T> struct MmaK16;   // d = a * b + d, m16n8k16, fp32 accumula
 template <> struct MmaK16<__nv_bfloat16> {
   static __device__ __forceinline__ void run(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(FISNET_EMU)
-    emu::mma<emu::MmaT::bf16>(d, a, b, d);
+    emu::mma<emu::Operand::bf16>(d, a, b, d);
 #else
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -96,7 +103,7 @@ template <> struct MmaK16<__nv_bfloat16> {
 template <> struct MmaK16<__half> {
   static __device__ __forceinline__ void run(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(FISNET_EMU)
-    emu::mma<emu::MmaT::f16>(d, a, b, d);
+    emu::mma<emu::Operand::f16>(d, a, b, d);
 #else
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -105,7 +112,7 @@ template <> struct MmaK16<__half> {
 };
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {   // m16n8k8
 #if defined(FISNET_EMU)
-  emu::mma<emu::MmaT::tf32>(d, a, b, d);
+  emu::mma<emu::Operand::tf32>(d, a, b, d);
 #else
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

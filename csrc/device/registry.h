@@ -30,9 +30,11 @@ inline Field field(const char* n, double& v) { Field f{n}; f.f64 = &v; return f;
 inline Field field(const char* n, bool& v) { Field f{n}; f.flag = &v; return f; }
 inline Field field(const char* n, DType& v) { Field f{n}; f.dtype = &v; return f; }
 
+using Visitor = std::function<void(const Field&)>;
 struct LauncherEntry {
   std::string name;
-  std::function<int(const std::function<void(Field)>& fill)> run;  // fill every field, then launch on the default stream
+  std::function<void(const Visitor&)> describe;  // visits the fields of nobody's parameters: their names and kinds
+  std::function<int(const Visitor&)> run;        // fill every field, then launch on the default stream
 };
 struct KernelEntry {
   std::string name;
@@ -50,11 +52,16 @@ inline std::vector<KernelEntry>& kernels() {
 // A launcher `int launch_x(const XParams&, void* stream)` whose struct has `template <class F> void each(F&& f)`, which
 // calls f(field("name", member)) for every member.
 template <typename Params> bool add_launcher(const char* name, int (*launch)(const Params&, void*)) {
-  launchers().push_back({name, [launch](const std::function<void(Field)>& fill) {
-                           Params p{};
-                           p.each(fill);
-                           return launch(p, nullptr);
-                         }});
+  const auto describe = [](const Visitor& visit) {
+    Params p{};
+    p.each(visit);
+  };
+  const auto run = [launch](const Visitor& fill) {
+    Params p{};
+    p.each(fill);
+    return launch(p, nullptr);
+  };
+  launchers().push_back({name, describe, run});
   return true;
 }
 inline bool add_kernel(const char* name, const void* function) {

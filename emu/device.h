@@ -1,0 +1,43 @@
+// What the device-side headers ask of the emulator. Functions marked EMU_UNSEEN are compiled into kernel files but belong to
+// the emulator: their accesses are not the kernel's.
+#pragma once
+#include "cuda_emu.h"
+
+// noinline, because gcc would otherwise inline them into code that is instrumented.
+#define EMU_UNSEEN __attribute__((no_sanitize("thread"), noinline))
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+namespace emu {
+enum class Access { read, write, atomic };
+
+[[noreturn]] void fail(const std::string& message);
+void touch(const void* p, size_t bytes, Access access, const void* pc);  // an access that the compiler's call-outs do not show
+void touch_row(const void* p, const void* pc);  // the 16 bytes of shared memory that a lane gives to ldmatrix
+
+// ---- shared memory ---------------------------------------------------------------------------------------------------
+struct SharedArray {  // one FISNET_SHARED, known by its address
+  size_t bytes, align;
+  uint32_t launch_no;  // of the launch that `offset` holds for
+  size_t offset;
+};
+void* dynamic_shared();
+void* static_shared(SharedArray& array);
+
+// ---- the block -------------------------------------------------------------------------------------------------------
+// `site` tells barriers apart. Returns for how many threads `predicate` holds.
+int barrier(bool predicate, const char* file, int line, int site);
+
+// ---- the warp --------------------------------------------------------------------------------------------------------
+unsigned lane_id();
+inline bool has_lane(uint32_t mask, int lane) { return mask >> lane & 1; }
+// Every lane in `mask` leaves `arg`; the last one to come runs op(args, mask of those that have not exited) for all.
+using WarpOp = void (*)(void* const* args, uint32_t mask);
+void collective(uint32_t mask, WarpOp op, void* arg, const char* what, bool orders_memory);
+
+// ---- cp.async ----------------------------------------------------------------------------------------------------------
+void cp_async(void* to, const void* from, int bytes, int from_bytes);
+void cp_async_commit();
+void cp_async_wait(int groups_left);
+}  // namespace emu
