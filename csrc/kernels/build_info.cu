@@ -3,10 +3,10 @@
 #include "../device/portable.cuh"
 #include "../device/registry.h"
 
-#define FISNET_TEXT_(x) #x
-#define FISNET_TEXT(x) FISNET_TEXT_(x)
-#ifndef FISNET_ARCHS
-#define FISNET_ARCHS "unknown"
+#define FISNET_TEXT_(...) #__VA_ARGS__
+#define FISNET_TEXT(...) FISNET_TEXT_(__VA_ARGS__)
+#ifndef FISNET_ARCHS  // a list with commas, unquoted: nothing between setup.py and the compiler can spoil it
+#define FISNET_ARCHS unknown
 #endif
 
 namespace fisnet {
@@ -16,7 +16,7 @@ std::string build_info() {
   json += "\"cuda\": \"emulated\", \"archs\": \"none\", \"compiler\": \"g++ " __VERSION__ "\"";
 #else
   json += "\"cuda\": \"" FISNET_TEXT(__CUDACC_VER_MAJOR__) "." FISNET_TEXT(__CUDACC_VER_MINOR__) "." FISNET_TEXT(__CUDACC_VER_BUILD__) "\"";
-  json += ", \"cudart\": " + std::to_string(CUDART_VERSION) + ", \"archs\": \"" FISNET_ARCHS "\", \"compiler\": \"g++ " __VERSION__ "\"";
+  json += ", \"cudart\": " + std::to_string(CUDART_VERSION) + ", \"archs\": \"" FISNET_TEXT(FISNET_ARCHS) "\", \"compiler\": \"g++ " __VERSION__ "\"";
 #endif
   json += ", \"kernels\": {";
   bool first = true;
