@@ -115,7 +115,7 @@ def extension():
             "cxx": ["-O2", "-g0", "-std=c++17", "-Wall", "-fvisibility=hidden", *no_paths, *define],
             "nvcc": [
                 "-O3", "-std=c++17", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden",
-                f"-DFISNET_ARCHS={archs.replace(';', ',')}", *define,
+                f"-DFISNET_ARCHS={archs.replace(';', '/')}", *define,
             ],
         },
         # cudart static and hidden, nothing of torch_cuda or c10_cuda: the library loads beside any build of torch

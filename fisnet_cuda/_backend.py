@@ -62,8 +62,8 @@ def check_backend(backend: str) -> str:
     """``backend`` itself; ValueError for a name that does not exist, RuntimeError for "cuda" without the extension."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "cuda" and _load()[0] is None:
-        raise RuntimeError(f"backend='cuda': {_load()[1]}. Use backend='auto' or 'reference'; see fisnet_cuda.info().")
+    if backend == "cuda" and (reason := _missing()):
+        raise RuntimeError(f"backend='cuda': {reason}. Use backend='auto' or 'reference'; see fisnet_cuda.info().")
     return backend
 
 
