@@ -44,15 +44,14 @@ def read_sources():
 
 def find_toolkit():
     """The root of a CUDA toolkit. nvcc on PATH may be a wrapper script, so only a root that has the headers counts."""
-    nvcc = shutil.which("nvcc")
-    beside = nvcc and str(Path(nvcc).resolve().parents[1])
-    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), beside, "/usr/local/cuda"]
-    for place in filter(None, places):
-        if (Path(place) / "bin" / "nvcc").exists() and (Path(place) / "include" / "cuda_runtime.h").exists():
-            return place
+    nvcc, named = shutil.which("nvcc"), os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    for place in [named] if named else [nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]:
+        if place and (Path(place) / "bin" / "nvcc").exists() and (Path(place) / "include" / "cuda_runtime.h").exists():
+            return str(place)
+    where = "where CUDA_HOME says" if named else "(beside nvcc on PATH or in /usr/local/cuda)"
     raise CannotBuildError(
-        "no CUDA toolkit was found when it was built (bin/nvcc beside include/cuda_runtime.h; CUDA_HOME, nvcc on PATH and "
-        "/usr/local/cuda were tried): install one or set CUDA_HOME"
+        f"no CUDA toolkit was found {where} when it was built (bin/nvcc and include/cuda_runtime.h are needed): "
+        "install one or set CUDA_HOME"
     )
 
 
@@ -128,13 +127,15 @@ def extension():
 
         def build_extensions(self):
             newest = max((ROOT / header).stat().st_mtime for header in headers())
-            for made in Path(self.build_temp).rglob("*.o"):  # beside a CPU build of torch, ninja is not told of headers in .cu files
+            for made in Path(self.build_temp).rglob("kernels/*.o"):  # beside a CPU build of torch, ninja is not told of their headers
                 if made.stat().st_mtime < newest:
                     made.unlink()
             self.force = True  # ninja knows better than setuptools what is up to date: it compares command lines too
             super().build_extensions()
-            if self.inplace:
-                (ROOT / "fisnet_cuda" / NOTE).unlink(missing_ok=True)
+
+        def copy_extensions_to_source(self):  # --inplace, and editable installs
+            super().copy_extensions_to_source()
+            (ROOT / "fisnet_cuda" / NOTE).unlink(missing_ok=True)
 
     return {
         "ext_modules": [ext],
