@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -100,6 +101,7 @@ def extension():
     cpp_extension.CUDA_HOME = toolkit  # None beside a CPU build of torch, which builds the kernels just as well
     archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX").replace(" ", ";")
     os.environ.setdefault("MAX_JOBS", str(max_jobs()))
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # this environment's ninja
     sources = read_sources()
     define = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     # messages of checks name files: relative to the project, not where it lay when it was built
@@ -135,11 +137,11 @@ def extension():
 
         def copy_extensions_to_source(self):  # --inplace, and editable installs
             super().copy_extensions_to_source()
-            (ROOT / "fisnet_cuda" / NOTE).unlink(missing_ok=True)
+            leave(ROOT / "fisnet_cuda", "")
 
     return {
         "ext_modules": [ext],
-        "cmdclass": {"build_ext": BuildKernels, "build_py": package_files("")},
+        "cmdclass": {"build_ext": BuildKernels, "build_py": commands("")["build_py"]},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
@@ -149,21 +151,30 @@ def headers():
     return sorted(str(p.relative_to(ROOT)) for kind in ("*.h", "*.cuh", "*.txt") for p in csrc.rglob(kind))
 
 
-def package_files(note):
-    """The build_py that leaves ``note`` for `fisnet_cuda.info()`, and neither a note nor a library of an earlier build."""
+def leave(package, note):
+    """Leave ``note`` for `fisnet_cuda.info()`, and neither a library nor a note of an earlier build."""
+    if note:
+        package.mkdir(parents=True, exist_ok=True)
+        (package / NOTE).write_text(note + "\n")
+        (package / LIBRARY).unlink(missing_ok=True)
+    else:
+        (package / NOTE).unlink(missing_ok=True)
+
+
+def commands(note):
+    """The commands of a build without kernels, for the reason ``note``; and build_py of one with them, "" for a reason."""
 
     class BuildPackage(build_py):
         def run(self):
             super().run()
-            package = ROOT / "fisnet_cuda" if self.editable_mode else Path(self.build_lib) / "fisnet_cuda"
-            if note:
-                package.mkdir(parents=True, exist_ok=True)
-                (package / NOTE).write_text(note + "\n")
-                (package / LIBRARY).unlink(missing_ok=True)
-            else:
-                (package / NOTE).unlink(missing_ok=True)
+            leave(ROOT / "fisnet_cuda" if self.editable_mode else Path(self.build_lib) / "fisnet_cuda", note)
 
-    return BuildPackage
+    class BuildNothing(build_ext):
+        def run(self):
+            if self.inplace:
+                leave(ROOT / "fisnet_cuda", note)
+
+    return {"build_py": BuildPackage, "build_ext": BuildNothing}
 
 
 def choose():
@@ -171,14 +182,14 @@ def choose():
     if choice not in ("auto", "1", "0"):
         sys.exit(f"fisnet_cuda: FISNET_CUDA_BUILD must be auto, 1 or 0, got {choice!r}")
     if choice == "0":
-        return {"cmdclass": {"build_py": package_files("this installation has no CUDA kernels: it was built with FISNET_CUDA_BUILD=0")}}
+        return {"cmdclass": commands("this installation has no CUDA kernels: it was built with FISNET_CUDA_BUILD=0")}
     try:
         return extension()
     except CannotBuildError as reason:
         if choice == "1":
             sys.exit(f"fisnet_cuda: FISNET_CUDA_BUILD=1, but the CUDA kernels cannot be built: {reason}")
-        print(f"fisnet_cuda: installing without CUDA kernels: {reason}", file=sys.stderr)
-        return {"cmdclass": {"build_py": package_files(f"this installation has no CUDA kernels: {reason}")}}
+        print(f"fisnet_cuda: no CUDA kernels are built: {reason}", file=sys.stderr)
+        return {"cmdclass": commands(f"this installation has no CUDA kernels: {reason}")}
 
 
 setup(**choose())

@@ -1,12 +1,18 @@
 """Test-wide settings: one thread (tensors are small, and tests may run side by side), hypothesis without a deadline; how many
 tests were skipped, and why, in the summary."""
 
+import os
+import sys
 from collections import Counter
+from pathlib import Path
 
 import hypothesis
 import torch
 
 torch.set_num_threads(1)
+
+# cmake, ninja and the like may come from this environment, which need not be activated
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 hypothesis.settings.register_profile("fisnet", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("fisnet")
