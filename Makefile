@@ -11,10 +11,13 @@ TEST_ARGS   ?=
 BENCH_ARGS  ?=
 
 # The modules that each command imports, with the name under which pip knows them. PYTHON= installs what is missing of
-# these and nothing else; the virtual environment gets the same from the extras in pyproject.toml.
+# these and nothing else; the virtual environment gets the same from the extras in pyproject.toml. @name is a package
+# without a module.
 DEMO_NEEDS  = numpy sklearn:scikit-learn matplotlib
 BENCH_NEEDS = numpy matplotlib pytest pytest_benchmark:pytest-benchmark
-TEST_NEEDS  = $(DEMO_NEEDS) $(BENCH_NEEDS) hypothesis xdist:pytest-xdist requests setuptools wheel transformers ruff
+BUILD_NEEDS = setuptools wheel ninja
+TEST_NEEDS  = $(DEMO_NEEDS) $(BENCH_NEEDS) $(BUILD_NEEDS) hypothesis xdist:pytest-xdist requests transformers ruff \
+              cmake pybind11 @nvidia-cuda-cuobjdump @nvidia-cuda-nvdisasm
 
 ifeq ($(strip $(PYTHON)),)
   PY    = $(VENV)/bin/python
@@ -26,13 +29,14 @@ endif
 
 PIP = $(PY) -m pip --disable-pip-version-check --no-input
 
-.PHONY: help demo test bench lint clean use-demo use-test use-bench
+.PHONY: help demo test bench build lint clean use-demo use-test use-bench use-build
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train three small nets on marked digits, measure, draw two figures (under five minutes)"
 	@echo "make test    run the whole test suite, doctests included"
 	@echo "make bench   run all benchmarks"
+	@echo "make build   build the CUDA kernels in place where there is a CUDA toolkit; test and bench do it themselves"
 	@echo "make lint    check the code with ruff"
 	@echo "make clean   remove what these commands made"
 	@echo
@@ -45,6 +49,7 @@ help:
 	@echo "  PIP_ARGS='...'            more options for every pip install"
 	@echo "  OUT=DIR                   where the demo writes; demo_out unless told"
 	@echo "  DEMO_ARGS='--quick'       options of the demo; --help lists them"
+	@echo "  FISNET_CUDA_BUILD=1       fail where the kernels cannot be built; 0 leaves them out"
 	@echo "  TEST_ARGS='-k loss'       options of pytest"
 	@echo "  BENCH_ARGS='...'          options of the benchmarks"
 
@@ -52,17 +57,24 @@ demo: $(call READY,demo)
 	@$(PY) -m fisnet_cuda.demo --out "$(OUT)" $(DEMO_ARGS)
 
 # One worker a core, one thread a worker: small tensors gain nothing from threads.
-test: $(call READY,test)
+test: $(call READY,test) build
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto $(TEST_ARGS)
 
-bench: $(call READY,bench)
+bench: $(call READY,bench) build
 	@$(PY) -m benchmarks.run_all $(BENCH_ARGS)
+
+# In place, so that an edit compiles only what it touches. Without a toolkit this says so, and the reference runs.
+build: $(call READY,build)
+	@echo "Building the CUDA kernels: what has changed of them, all of them the first time (minutes)"
+	@$(PY) setup.py --quiet build_ext --inplace >build.log 2>&1 && { grep '^fisnet_cuda:' build.log; rm build.log; } \
+	  || { cat build.log; rm build.log; exit 1; }
 
 lint: $(call READY,test)
 	@$(PY) -m ruff check .
 
 clean:
 	rm -rf .venv build dist demo_out .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	rm -f fisnet_cuda/_C*.so fisnet_cuda/_build_note.txt build.log
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # ---- An environment of our own -------------------------------------------------------------------------------------
@@ -83,15 +95,22 @@ $(VENV)/.ready-torch: constraints.txt | $(VENV)/bin/python
 	@$(PIP) install -c constraints.txt $(PIP_ARGS) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch
 	@touch $@
 
-$(VENV)/.ready-demo $(VENV)/.ready-bench: $(VENV)/.ready-%: $(VENV)/.ready-torch pyproject.toml setup.py
-	@echo "Installing fisnet_cuda with what 'make $*' needs"
-	@$(PIP) install --quiet -c constraints.txt $(PIP_ARGS) -e '.[$*]'
+# What builds the kernels, and the package itself as a link to this folder: `make build` adds the kernels.
+$(VENV)/.ready-build: $(VENV)/.ready-torch pyproject.toml setup.py
+	@echo "Installing fisnet_cuda"
+	@$(PIP) install --quiet -c constraints.txt $(PIP_ARGS) $(BUILD_NEEDS)
+	@FISNET_CUDA_BUILD=0 $(PIP) install --quiet -c constraints.txt $(PIP_ARGS) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.ready-demo $(VENV)/.ready-bench: $(VENV)/.ready-%: $(VENV)/.ready-build
+	@echo "Installing what 'make $*' needs"
+	@$(PIP) install --quiet -c constraints.txt $(PIP_ARGS) 'fisnet_cuda[$*]'
 	@touch $@
 
 # pytorchcv asks for torchvision, which would bring another torch with it; the parts that the tests use need neither.
-$(VENV)/.ready-test: $(VENV)/.ready-torch pyproject.toml setup.py
-	@echo "Installing fisnet_cuda with what 'make test' needs"
-	@$(PIP) install --quiet -c constraints.txt $(PIP_ARGS) -e '.[test]'
+$(VENV)/.ready-test: $(VENV)/.ready-build
+	@echo "Installing what 'make test' needs"
+	@$(PIP) install --quiet -c constraints.txt $(PIP_ARGS) 'fisnet_cuda[test]'
 	@$(PIP) install --quiet -c constraints.txt $(PIP_ARGS) --no-deps pytorchcv
 	@touch $@
 
@@ -111,16 +130,20 @@ if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 11):
 endef
 define LIST_MISSING
 import importlib.util, sys
-pairs = [need.partition(":") for need in sys.argv[1:]]
-print(*(name or module for module, _, name in pairs if importlib.util.find_spec(module) is None))
+from importlib.metadata import distributions
+have = {(d.metadata["Name"] or "").lower().replace("_", "-") for d in distributions()}
+pairs = [need.partition(":") for need in sys.argv[1:] if need[0] != "@"]
+missing = [name or module for module, _, name in pairs if importlib.util.find_spec(module) is None]
+print(*missing, *(need[1:] for need in sys.argv[1:] if need[0] == "@" and need[1:] not in have))
 endef
 export CHECK_TORCH LIST_MISSING
 
+use-build: NEEDS = $(BUILD_NEEDS)
 use-demo:  NEEDS = $(DEMO_NEEDS)
 use-bench: NEEDS = $(BENCH_NEEDS)
 use-test:  NEEDS = $(TEST_NEEDS)
 
-use-demo use-bench use-test: use-%:
+use-build use-demo use-bench use-test: use-%:
 	@$(PY) --version >/dev/null 2>&1 || { echo "PYTHON=$(PYTHON) is not a Python interpreter." >&2; exit 1; }
 	@$(PY) -c "$$CHECK_TORCH"
 	@missing=$$($(PY) -c "$$LIST_MISSING" $(NEEDS)) && if [ -n "$$missing" ]; then \

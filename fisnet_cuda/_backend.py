@@ -7,6 +7,7 @@ Ops ask `kernel(name, backend, tensor)` for a function of `fisnet_cuda.reference
 from __future__ import annotations
 
 import importlib
+import json
 import platform
 import warnings
 from collections.abc import Callable
@@ -20,41 +21,35 @@ from . import reference
 from .errors import FisnetWarning
 
 BACKENDS = ("auto", "reference", "cuda")
-
-
 KERNEL_DEVICES = frozenset({"cuda"})  # where the extension's kernels run (tests add "cpu", where the emulator serves them)
+LIBRARY = Path(__file__).with_name("_C.abi3.so")
+_KERNELS: dict[str, Callable] = {}  # by the names of `reference`; empty until the extension is asked for
+
+BUILD = "pip install --no-build-isolation -e ."
+REMEDY = (
+    "nothing to do on a CPU. For GPU kernels: in a checkout, with a CUDA toolkit (nvcc) and g++ in reach, "
+    f"`FISNET_CUDA_BUILD=1 {BUILD}` in the environment that has torch (with setuptools, wheel and ninja)"
+)
 
 
-class _Extension:
-    """The compiled extension, loaded when it is first asked for; or the reason why there is none."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.kernels: dict[str, Callable] | None = None  # by the names of `reference`
-        self.reason = ""
-
-    def load(self) -> None:
-        self.asked = True
-        library = next(Path(__file__).parent.glob("_C*.so"), None)
-        if library is None:
-            self.reason = build_note() or "this installation has no compiled CUDA kernels (pure-Python install)"
-            return
-        try:
-            torch.ops.load_library(library)
-        except OSError as error:
-            self.reason = f"the CUDA kernels failed to load: {error}"
-            return
-        self.kernels = importlib.import_module("fisnet_cuda.ops.cuda").KERNELS
-
-
-_extension = _Extension()
-
-
+@lru_cache(maxsize=1)
 def _load() -> tuple[dict[str, Callable] | None, str]:
-    """``(kernels, reason)``. Plain attributes, and no cache decorator: torch.compile follows this."""
-    if not _extension.asked:
-        _extension.load()
-    return _extension.kernels, _extension.reason
+    """The kernels by the names of `reference`, or None and the reason why there are none."""
+    if not LIBRARY.exists():
+        return None, build_note() or "this installation has no compiled CUDA kernels (pure-Python install)"
+    try:
+        torch.ops.load_library(LIBRARY)
+        _KERNELS.update(importlib.import_module("fisnet_cuda.ops.cuda").KERNELS)
+    except Exception as error:  # whatever is wrong with it, the reference still runs; torch puts the cause behind its own words
+        return None, f"the CUDA kernels failed to load: {error.__cause__ or error}"
+    return _KERNELS, ""
+
+
+# torch.compile would trace into a cached function, and cannot follow the loading of a library: it takes the answer as it is.
+@torch.compiler.assume_constant_result
+def _missing() -> str:
+    """Why there are no kernels; empty when there are."""
+    return _load()[1]
 
 
 def build_note() -> str:
@@ -67,8 +62,7 @@ def check_backend(backend: str) -> str:
     """``backend`` itself; ValueError for a name that does not exist, RuntimeError for "cuda" without the extension."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    kernels, reason = _load()  # also for "auto": torch.compile must find the extension loaded
-    if backend == "cuda" and kernels is None:
+    if backend == "cuda" and (reason := _missing()):
         raise RuntimeError(f"backend='cuda': {reason}. Use backend='auto' or 'reference'; see fisnet_cuda.info().")
     return backend
 
@@ -93,29 +87,39 @@ def kernel(name: str, backend: str, tensor: Tensor) -> Callable:
         if backend == "cuda":
             raise RuntimeError(f"backend='cuda' needs tensors on a GPU, got one on {tensor.device}: move the input")
         return getattr(reference, name)
-    kernels, reason = _load()
-    if kernels is None:
+    if reason := _missing():
         check_backend(backend)
         _warn_once(reason)
         return getattr(reference, name)
-    return kernels.get(name) or getattr(reference, name)
+    return _KERNELS.get(name) or getattr(reference, name)
 
 
-@lru_cache(maxsize=1)
+_warned: set[str] = set()
+
+
+@torch.compiler.assume_constant_result
 def _warn_once(reason: str) -> None:
-    warnings.warn(
-        f"CUDA tensors run the PyTorch reference: {reason}. It is correct but slower; see fisnet_cuda.info().",
-        FisnetWarning,
-        stacklevel=3,
-    )
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"CUDA tensors run the PyTorch reference: {reason}. It is correct but slower; see fisnet_cuda.info().",
+            FisnetWarning,
+            stacklevel=3,
+        )
+
+
+def build_info() -> dict:
+    """What the extension was built with, ``{}`` without it: CUDA version, archs, compiler, and its kernels with their registers."""
+    return json.loads(torch.ops.fisnet.build_info()) if _load()[0] is not None else {}
 
 
 def info() -> dict[str, str | bool]:
     """What runs here and why: versions, devices, and whether the CUDA kernels are there.
 
     Returns:
-        A dict of strings and booleans; "kernels" says which implementation CUDA tensors get, "reason" why there are no
-        kernels, "remedy" what to do about it (both empty when there are).
+        A dict of strings and booleans; "kernels" says whether CUDA tensors get kernels, "reason" why there are none,
+        "remedy" what to do about it (both empty when there are). "kernels_cuda", "kernels_archs" and "kernels_compiler" say
+        what the kernels were built with (empty without them).
 
     Example:
         >>> import fisnet_cuda as fc
@@ -125,7 +129,7 @@ def info() -> dict[str, str | bool]:
     from . import __version__
 
     kernels, reason = _load()
-    remedy = "" if kernels else "nothing to do on a CPU; for GPU kernels install a build of fisnet_cuda with CUDA"
+    built = build_info()
     return {
         "fisnet_cuda": __version__,
         "python": platform.python_version(),
@@ -136,5 +140,6 @@ def info() -> dict[str, str | bool]:
         "reference": True,
         "kernels": kernels is not None,
         "reason": reason,
-        "remedy": remedy,
+        "remedy": REMEDY if reason else "",
+        **{f"kernels_{key}": built.get(key, "") for key in ("cuda", "archs", "compiler")},
     }

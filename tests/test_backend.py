@@ -1,9 +1,10 @@
 """Which implementation runs: names, messages, the extension's absence and (a stand-in for) its presence."""
 
 import importlib
+import pathlib
+import re
 import subprocess
 import sys
-import types
 import warnings
 
 import pytest
@@ -12,8 +13,6 @@ from torch import nn
 
 import fisnet_cuda as fc
 from fisnet_cuda import _backend, ops, reference
-
-on_cpu_only = pytest.mark.skipif(_backend._load()[0] is not None, reason="the CUDA kernels are installed here")
 
 
 @pytest.fixture
@@ -25,34 +24,39 @@ def extension(monkeypatch):
         ran.append("phi_scale")
         return reference.phi_scale(*args)
 
-    module = types.ModuleType("fisnet_cuda._kernels")
-    module.phi_scale = phi_scale
-    monkeypatch.setattr(_backend, "_load", lambda: (module, ""))
+    kernels = {"phi_scale": phi_scale}
+    monkeypatch.setattr(_backend, "_KERNELS", kernels)
+    monkeypatch.setattr(_backend, "_load", lambda: (kernels, ""))
     return ran
+
+
+@pytest.fixture
+def no_extension(monkeypatch, fresh):
+    """As if there were no compiled kernels, whether or not there are."""
+    monkeypatch.setattr(_backend, "LIBRARY", _backend.LIBRARY.with_name("_C.missing.so"))
 
 
 @pytest.fixture
 def fresh():
     """Forget what was loaded and warned of, before and after."""
-    for cached in (_backend._load, _backend._warn_once):
-        cached.cache_clear()
+    _backend._load.cache_clear()
+    _backend._warned.clear()
     yield
-    for cached in (_backend._load, _backend._warn_once):
-        cached.cache_clear()
+    _backend._load.cache_clear()
+    _backend._warned.clear()
 
 
 def test_importing_needs_no_gpu_and_initialises_none():
     """Importing neither loads the extension nor touches CUDA, matplotlib or scikit-learn."""
     code = (
         "import sys, torch, fisnet_cuda as fc; assert not torch.cuda.is_initialized();"
-        "assert not {'matplotlib', 'sklearn', 'torchvision', 'fisnet_cuda._kernels'} & set(sys.modules); print(fc.__version__)"
+        "assert not {'matplotlib', 'sklearn', 'torchvision', 'fisnet_cuda.ops.cuda'} & set(sys.modules); print(fc.__version__)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == fc.__version__
 
 
-@on_cpu_only
-def test_without_the_extension():
+def test_without_the_extension(no_extension):
     for backend in ("auto", "reference"):
         assert _backend.check_backend(backend) == backend
         assert _backend.kernel("phi_scale", backend, torch.ones(1)) is reference.phi_scale
@@ -68,31 +72,31 @@ def test_unknown_backend():
         _backend.check_backend("gpu")
 
 
-@on_cpu_only
-def test_the_reason_is_kept(monkeypatch, fresh):
-    """What failed is told in info(), in the warning and in the error; a broken extension is not a missing one."""
-    assert "no compiled CUDA kernels" in fc.info()["reason"]
-    real = importlib.import_module
+def test_the_reason_is_kept(no_extension):
+    assert "no compiled CUDA kernels" in fc.info()["reason"] or _backend.build_note() == fc.info()["reason"]
+    assert "FISNET_CUDA_BUILD=1 pip install --no-build-isolation" in fc.info()["remedy"]
 
-    def broken(name, *rest):
-        if name == "fisnet_cuda._kernels":
-            raise OSError("libcudart.so.12: cannot open shared object file")
-        return real(name, *rest)
 
-    monkeypatch.setattr(importlib, "import_module", broken)
-    _backend._load.cache_clear()
-    assert "failed to load: libcudart.so.12" in fc.info()["reason"]
-    with pytest.raises(RuntimeError, match="libcudart"):
+def test_the_reason_of_the_build_is_told(no_extension, monkeypatch):
+    monkeypatch.setattr(_backend, "build_note", lambda: "no CUDA toolkit was found")
+    assert fc.info()["reason"] == "no CUDA toolkit was found"
+
+
+@pytest.mark.parametrize("broken", ["library", "module"])
+def test_a_broken_extension_is_not_a_missing_one(monkeypatch, fresh, tmp_path, broken):
+    """What failed is told in info(), in the warning and in the error."""
+    library = tmp_path / "_C.abi3.so"
+    library.write_bytes(b"not a library")
+    monkeypatch.setattr(_backend, "LIBRARY", library)
+    if broken == "module":
+        monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+        monkeypatch.setattr(importlib, "import_module", lambda name: 1 / 0)
+    why = "division by zero" if broken == "module" else "ELF|too short"
+    assert re.search(f"the CUDA kernels failed to load: .*({why})", fc.info()["reason"])
+    with pytest.raises(RuntimeError, match=f"backend='cuda': the CUDA kernels failed to load: .*({why})"):
         _backend.check_backend("cuda")
-
-    def needs_another(name, *rest):
-        if name == "fisnet_cuda._kernels":
-            raise ModuleNotFoundError("No module named 'nvidia'", name="nvidia")
-        return real(name, *rest)
-
-    monkeypatch.setattr(importlib, "import_module", needs_another)
-    _backend._load.cache_clear()
-    assert "failed to load: No module named 'nvidia'" in fc.info()["reason"]
+    with pytest.warns(fc.FisnetWarning, match=f"failed to load: .*({why})"):
+        assert _backend.kernel("phi_scale", "auto", OnGPU) is reference.phi_scale
 
 
 class OnGPU:
@@ -101,8 +105,7 @@ class OnGPU:
     device = torch.device("cuda", 0)
 
 
-@on_cpu_only
-def test_a_cuda_tensor_without_the_extension_warns_once(fresh):
+def test_a_cuda_tensor_without_the_extension_warns_once(no_extension):
     with pytest.warns(fc.FisnetWarning, match=r"CUDA tensors run the PyTorch reference: .*fisnet_cuda.info\(\)"):
         assert _backend.kernel("phi_scale", "auto", OnGPU) is reference.phi_scale
     with warnings.catch_warnings():
@@ -141,14 +144,12 @@ def test_info():
     assert info["torch"] == torch.__version__
     assert all(isinstance(v, (str, bool)) for v in info.values())
     assert bool(info["reason"]) == bool(info["remedy"]) == (not info["kernels"])
+    for key in ("kernels_cuda", "kernels_archs", "kernels_compiler"):
+        assert bool(info[key]) == info["kernels"], key
 
 
-@on_cpu_only
 def test_reference_holds_every_kernel_that_ops_ask_for():
     """The names in ``kernel("...")`` calls of ops/ exist in the reference."""
-    import pathlib
-    import re
-
     source = "".join(p.read_text() for p in pathlib.Path(ops.__file__).parent.glob("*.py"))
     names = set(re.findall(r'kernel\("(\w+)"', source))
     assert len(names) >= 8

@@ -67,6 +67,7 @@ __device__ __forceinline__ void store_channel_partials(const Planes& p, const A 
 }
 
 // total[sum][channel] = partial[0][sum][channel] + partial[1][sum][channel] + ...; one thread a total.
+// no 16-byte loads and stores: a few kilobytes, one value a thread
 template <typename A>
 __global__ void __launch_bounds__(256) finish_channel_sums_kernel(const A* __restrict__ partial, A* __restrict__ total, int slabs, int count) {
   const int j = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);

@@ -23,7 +23,24 @@ template <> __device__ __forceinline__ double from_acc<double>(double x) { retur
 // ---- W elements at once: 16 bytes (W = kVec<T>) or one element (W = 1), always as accumulation values ----------------
 template <typename T> constexpr int kVec = 16 / static_cast<int>(sizeof(T));
 
-template <typename T> struct alignas(16) Pack { T part[kVec<T>]; };  // copied by one 16-byte access
+template <typename T> struct alignas(16) Pack { T part[kVec<T>]; };
+// One 16-byte access each, of global memory. nvcc takes a store of several members apart where branches stand between their
+// computations (the gates read the machine code), hence the instruction.
+template <typename T> __device__ __forceinline__ Pack<T> load_pack(const T* __restrict__ from) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(from);
+  Pack<T> pack;
+  memcpy(&pack, &bits, sizeof(pack));
+  return pack;
+}
+template <typename T> __device__ __forceinline__ void store_pack(T* __restrict__ to, const Pack<T>& pack) {
+#if defined(FISNET_EMU)
+  *reinterpret_cast<Pack<T>*>(to) = pack;
+#else
+  uint4 bits;
+  memcpy(&bits, &pack, sizeof(bits));
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w) : "memory");
+#endif
+}
 
 template <typename T, int W>
 __device__ __forceinline__ void load(Acc<T> (&x)[W], const T* __restrict__ from) {
@@ -31,7 +48,7 @@ __device__ __forceinline__ void load(Acc<T> (&x)[W], const T* __restrict__ from)
     x[0] = to_acc(*from);
   } else {
     static_assert(W == kVec<T>, "a vector has 16 bytes");
-    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from);
+    const Pack<T> pack = load_pack(from);
     FISNET_UNROLL
     for (int i = 0; i < W; ++i) x[i] = to_acc(pack.part[i]);
   }
@@ -46,7 +63,7 @@ __device__ __forceinline__ void store(T* __restrict__ to, const Acc<T> (&x)[W]) 
     Pack<T> pack;
     FISNET_UNROLL
     for (int i = 0; i < W; ++i) pack.part[i] = from_acc<T>(x[i]);
-    *reinterpret_cast<Pack<T>*>(to) = pack;
+    store_pack(to, pack);
   }
 }
 

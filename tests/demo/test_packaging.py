@@ -47,9 +47,8 @@ def sdist(source, tmp_path_factory) -> list[str]:
 
 def _python(*arguments: str, cwd: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+    environment["FISNET_CUDA_BUILD"] = "0"  # tests/package builds the kernels
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -84,20 +83,37 @@ class TestPackage:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 class TestMakefile:
-    @pytest.mark.parametrize("target", ["help", "demo", "test", "bench", "lint", "clean"])
+    @pytest.mark.parametrize("target", ["help", "demo", "test", "bench", "build", "lint", "clean"])
     def test_target_exists(self, target):
         assert make("--dry-run", target).returncode == 0
 
     def test_help_is_the_default_and_names_every_command(self):
         done = make()
         assert done.returncode == 0
-        for target in ("demo", "test", "bench", "lint", "clean"):
+        for target in ("demo", "test", "bench", "build", "lint", "clean"):
             assert f"make {target}" in done.stdout
 
     def test_own_environment_is_used_as_it_is(self):
         plan = make("--dry-run", "demo", f"PYTHON={sys.executable}").stdout
         assert "-m venv" not in plan
         assert f"{sys.executable} -m fisnet_cuda.demo" in plan
+
+    @pytest.mark.parametrize("target", ["test", "bench"])
+    def test_kernels_are_built_before_they_are_tested(self, target):
+        plan = make("--dry-run", target, f"PYTHON={sys.executable}").stdout.splitlines()
+        build = next(i for i, line in enumerate(plan) if "build_ext --inplace" in line)
+        assert any(f"{sys.executable} -m " in line for line in plan[build + 1 :])
+
+    def test_clean_removes_what_builds_leave(self, tmp_path):
+        shutil.copy(ROOT / "Makefile", tmp_path)
+        left = ("fisnet_cuda/_C.abi3.so", "fisnet_cuda/_build_note.txt", "build/gates/x.o", "dist/x.whl", "x.egg-info/PKG-INFO")
+        kept = ("fisnet_cuda/__init__.py", "csrc/kernels/x.cu")
+        for name in left + kept:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        assert make("-C", str(tmp_path), "clean").returncode == 0
+        assert not [name for name in left if (tmp_path / name).exists()]
+        assert all((tmp_path / name).exists() for name in kept)
 
     def test_own_environment_without_torch(self, tmp_path):
         venv.create(tmp_path / "bare", with_pip=False)
