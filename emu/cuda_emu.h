@@ -177,6 +177,7 @@ inline int __all_sync(unsigned m, int p) { return __ballot_sync(m, p) == m; }
 template <typename T> EMU_NOSANI T atomicAdd(T* p, T v) { T o = *p; *p = T(o + v); return o; }   // fibers: no preemption
 template <typename T> EMU_NOSANI T atomicMax(T* p, T v) { T o = *p; if (v > o) *p = v; return o; }
 template <typename T> EMU_NOSANI T atomicCAS(T* p, T c, T v) { T o = *p; if (o == c) *p = v; return o; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 template <typename T> inline T __ldg(const T* p) { return *p; }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
