@@ -23,7 +23,7 @@ __device__ __forceinline__ uint64_t to_key(double x) {
   uint64_t u;
   memcpy(&u, &x, sizeof u);
   if (x != x) return ~uint64_t{0};
-  return u >> 63 ? ~u : u | uint64_t{1} << 63;
+  return u >> 63 ? ~u : u | (uint64_t{1} << 63);
 }
 __device__ __forceinline__ double from_key(uint64_t k) {
   const uint64_t u = k >> 63 ? k & ~(uint64_t{1} << 63) : ~k;
@@ -57,7 +57,7 @@ __device__ __forceinline__ void sort_items(K* key, uint32_t* index, int size, in
     if (alone && s <= 32) __syncwarp(); else sync();
     alone = s <= 32;
     for (int q = tid; q < size / 4; q += threads) {
-      const int i = (q & ~(s - 1)) << 2 | (q & (s - 1));
+      const int i = ((q & ~(s - 1)) << 2) | (q & (s - 1));
       K k[4];
       uint32_t x[4];
       FISNET_UNROLL

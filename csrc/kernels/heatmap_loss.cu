@@ -54,9 +54,9 @@ struct Row {
   }
 
   // f(i, R, M, whether the pixel exists), the same number of times in all threads, so that warps stay together. Several
-  // vectors are read before the first is used.
-  template <int W, typename F>
-  __device__ __forceinline__ void each_pixel(int tid, int threads, F&& f) const {
+  // vectors are read before the first is used, and between() is called after them.
+  template <int W, typename F, typename Between>
+  __device__ __forceinline__ void each_pixel(int tid, int threads, F&& f, Between&& between) const {
     constexpr int kAhead = W == 1 ? 4 : W >= 8 ? 1 : 2;
     for (int64_t start = 0; start < pixels; start += static_cast<int64_t>(threads) * W * kAhead) {
       Acc<T> r[kAhead][W] = {}, m[kAhead][W] = {};
@@ -70,7 +70,12 @@ struct Row {
         FISNET_UNROLL
         for (int j = 0; j < W; ++j) f(i + j, r[u][j], m[u][j], i < pixels);
       }
+      between();
     }
+  }
+  template <int W, typename F>
+  __device__ __forceinline__ void each_pixel(int tid, int threads, F&& f) const {
+    each_pixel<W>(tid, threads, f, [] {});
   }
 };
 
@@ -110,18 +115,18 @@ __device__ __forceinline__ void block_sums(A (&sum)[N], A* part, int tid, int th
   }
 }
 
-template <typename A>
-__device__ __forceinline__ void store_sums(const HeatmapLossParams& p, int64_t row, const A (&sum)[kSums]) {
+template <typename A, typename S>
+__device__ __forceinline__ void store_sums(const HeatmapLossParams& p, int64_t row, const S (&sum)[kSums]) {
   FISNET_UNROLL
-  for (int j = 0; j < kSums; ++j) static_cast<A*>(p.sums)[row * kSums + j] = sum[j];
+  for (int j = 0; j < kSums; ++j) static_cast<A*>(p.sums)[row * kSums + j] = static_cast<A>(sum[j]);
 }
 
 // Foreground sums and GWRP of a row: inside = sum |R| M, sum R M, area = sum M, G = sum_i w_i sort_desc(|R| (1 - M))_i.
 // A block owns a row. The keys of |R| (1 - M) go to shared memory, all of them where they fit; else histograms of 11 bits
 // at a time narrow the k-th largest down until what is left fits (one more pass over the row, from the L2 cache; two for
 // values that hardly differ). There the search goes on until no more than a sortable number is left; that is sorted.
-// Shared memory: `capacity` keys and indices, 2048 counters, one counter a thread. Accumulates in float32 (float64 for float64),
-// weights in float64. Deterministic: counters are integers, and the sort gives one order whatever order items arrive in.
+// Shared memory: `capacity` keys and indices, 2048 counters, one counter a thread. Accumulates a
+// few pixels at a time in float32 (float64 for float64), those sums and the weights in float64. Deterministic: counters are integers, and the sort gives one order whatever order items arrive in.
 template <typename T, int W>
 __global__ void __launch_bounds__(kRowThreads, 2) heatmap_row_kernel(HeatmapLossParams p, GwrpPlan plan) {
   using A = Acc<T>;
@@ -130,7 +135,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) heatmap_row_kernel(HeatmapLoss
   uint32_t* const index = reinterpret_cast<uint32_t*>(keys + plan.capacity);
   unsigned* const bins = index + plan.capacity;
   FISNET_SHARED(unsigned, part, kRowThreads);
-  FISNET_SHARED(A, part_sums, kSums * kRowThreads / 32);
+  FISNET_SHARED(double, part_sums, kSums * kRowThreads / 32);
   FISNET_SHARED(unsigned, found, 4);  // of find_bin; and the number of items put into shared memory
   const int tid = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), k = p.ranking.k;
   const int64_t row_at = blockIdx.x;
@@ -146,36 +151,36 @@ __global__ void __launch_bounds__(kRowThreads, 2) heatmap_row_kernel(HeatmapLoss
     __syncthreads();
   };
   if (ranked) clear();
-  A sum[kSums] = {};
-  unsigned zeros = 0;  // counted apart: a whole foreground of them would queue for one counter
+  A few[kSums] = {};
+  double sum[kSums] = {};
   row.template each_pixel<W>(tid, threads, [&](int i, A r, A m, bool exists) {
     if (!exists) return;
-    const A value = add_pixel(sum, r, m);
+    const A value = add_pixel(few, r, m);
     if (!ranked) {
-      sum[3] += value;
+      few[3] += value;
     } else if (here) {
       keys[i] = to_key(value);
       index[i] = static_cast<uint32_t>(i);
-    } else if (value == A(0)) {
-      ++zeros;
     } else {
       atomicAdd(&bins[bracket.bin(to_key(value), 0)], 1u);
     }
+  }, [&] {
+    FISNET_UNROLL
+    for (int j = 0; j < kSums; ++j) {
+      sum[j] += static_cast<double>(few[j]);
+      few[j] = 0;
+    }
   });
   if (!ranked) {
-    sum[3] /= static_cast<A>(n);
     block_sums(sum, part_sums, tid, threads);
-    if (tid == 0) {
-      sum[3] = plan.path == GwrpPath::kMean ? sum[3] : A(0);
-      store_sums(p, row_at, sum);
-    }
+    sum[3] = plan.path == GwrpPath::kMean ? sum[3] / n : 0;
+    if (tid == 0) store_sums<A>(p, row_at, sum);
     return;
   }
-  if (zeros) atomicAdd(&bins[bracket.bin(to_key(A(0)), 0)], zeros);
   __syncthreads();
 
   int count = n, order_bits = 1;  // items in the bracket or above it
-  while (order_bits < 31 && n - 1 >> order_bits) ++order_bits;
+  while (order_bits < 31 && ((n - 1) >> order_bits)) ++order_bits;
   unsigned above = 0;
   const auto order_of = [&](uint32_t i) { return static_cast<uint32_t>(n - 1) - i; };
   const auto value_key = [](A r, A m) { return to_key(magnitude(r) * (A(1) - m)); };
@@ -227,9 +232,9 @@ __global__ void __launch_bounds__(kRowThreads, 2) heatmap_row_kernel(HeatmapLoss
     index[j] = kNoIndex;
   }
   sort_items(keys, index, plan.sorted, tid, threads, [] { __syncthreads(); });
-  sum[3] = weigh<A>(keys, index, k, p.ranking.log2_d, p.ranking.scale, tid, threads, p.index ? static_cast<int*>(p.index) + row_at * k : nullptr);
+  sum[3] = static_cast<double>(weigh<A>(keys, index, k, p.ranking.log2_d, p.ranking.scale, tid, threads, p.index ? static_cast<int*>(p.index) + row_at * k : nullptr));
   block_sums(sum, part_sums, tid, threads);
-  if (tid == 0) store_sums(p, row_at, sum);
+  if (tid == 0) store_sums<A>(p, row_at, sum);
 }
 
 // The same for rows of at most 256 pixels: a warp owns a row and sorts all of it in shared memory.
@@ -256,7 +261,7 @@ __global__ void __launch_bounds__(32 * kWarpRows) heatmap_warp_kernel(HeatmapLos
   sort_items(keys, index, plan.sorted, lane, 32, [] { __syncwarp(); });
   sum[3] = weigh<A>(keys, index, k, p.ranking.log2_d, p.ranking.scale, lane, 32, p.index ? static_cast<int*>(p.index) + row_at * k : nullptr);
   warp_sums(sum);
-  if (lane == 0) store_sums(p, row_at, sum);
+  if (lane == 0) store_sums<A>(p, row_at, sum);
 }
 
 // ---- more than 4096 ranks: sorted chunks, merged in global memory ------------------------------------------------------------

@@ -1,5 +1,6 @@
 // The heatmap loss of ISNet with GWRP, and its adjoint. Torch-free.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "../device/registry.h"
@@ -44,15 +45,15 @@ struct GwrpPlan {
   int chunks;    // of `sorted` items, merged in global memory
 
   static constexpr int kMostSorted = 4096;
+  static constexpr int kMostShared = 88 * 1024;  // bytes of items: two blocks of an H100 multiprocessor, one of any since sm_80
   static GwrpPlan of(int pixels, int k, int item_bytes) {
     const auto power = [](int n) { int p = 4; while (p < n) p *= 2; return p; };
     if (k == 0) return {GwrpPath::kMean, 0, 0, 0};
     if (pixels <= 256) return {GwrpPath::kWarp, power(pixels), power(pixels), 1};
     if (k > kMostSorted) return {GwrpPath::kChunks, kMostSorted, kMostSorted, (pixels + kMostSorted - 1) / kMostSorted};
-    const int sorted = power(k);
-    const bool fits = static_cast<int64_t>(pixels) * item_bytes <= 100 * 1024;  // two such blocks share a multiprocessor of an H100
-    const int room = fits ? pixels : 2048;
-    return {GwrpPath::kBlock, sorted, room > 2 * sorted || fits ? (room > sorted ? room : sorted) : 2 * sorted, 1};
+    const int sorted = power(k), most = kMostShared / item_bytes;  // at least kMostSorted
+    // More than is sorted, so that a coarse histogram suffices to collect what may be among the k largest.
+    return {GwrpPath::kBlock, sorted, pixels <= most ? std::max(pixels, sorted) : std::min(most, std::max(2 * sorted, 2048)), 1};
   }
 };
 

@@ -130,7 +130,7 @@ def heatmap_loss(
     c2: float | Tensor,
     foreground: str,
     normalization: str,
-    backend: str = "reference",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # [N], [N]
     """Background and foreground loss of each sample's heatmaps: relevance belongs inside the mask, and in a
     range.
@@ -172,7 +172,7 @@ def heatmap_loss(
         c2: upper end, >= c1; likewise.
         foreground: "hybrid", "L2" or "L1".
         normalization: "absRoIMean", "RoIMean" or "none".
-        backend: "reference" (plain PyTorch), "cuda", or "auto" by the device of R.
+        backend: "auto" (by the device of R), "reference" (plain PyTorch) or "cuda".
 
     Returns:
         ``(background, foreground)``, each [N], >= 0, float32 (float64 if R is). Deterministic; no host sync.

@@ -33,9 +33,10 @@ def heatmap_loss(
     # the number of ranks whose weights the dtype can tell apart from 0; 0 asks for the mean
     k = 0 if d == 1 else min(gwrp_terms(d, torch.finfo(acc_dtype(R)).eps), pixels)
     (c1, c1_k), (c2, c2_k) = _split(c1, R), _split(c2, R)
-    return _HeatmapLoss.apply(
-        R, mask.contiguous(), d, k, E, c1, c2, c1_k, c2_k, _FOREGROUNDS[foreground], _NORMALIZATIONS[normalization]
-    )
+    args = R, mask.contiguous(), d, k, E, c1, c2, c1_k, c2_k, _FOREGROUNDS[foreground], _NORMALIZATIONS[normalization]
+    if not (torch.is_grad_enabled() and R.requires_grad):
+        return torch.ops.fisnet.heatmap_loss(*args, False)[:2]
+    return _HeatmapLoss.apply(*args)
 
 
 def _maps(R: Tensor) -> Tensor:  # [N*K, C, *spatial], dense
@@ -55,7 +56,7 @@ class _HeatmapLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, R, mask, d, k, E, c1, c2, c1_k, c2_k, foreground, normalization):
         background_loss, foreground_loss, slope_G, slope_F, index = torch.ops.fisnet.heatmap_loss(
-            R, mask, d, k, E, c1, c2, c1_k, c2_k, foreground, normalization, ctx.needs_input_grad[0]
+            R, mask, d, k, E, c1, c2, c1_k, c2_k, foreground, normalization, True
         )
         ctx.save_for_backward(R, mask, slope_G, slope_F, index)
         ctx.d, ctx.k, ctx.normalization = d, k, normalization
