@@ -25,17 +25,36 @@ BACKENDS = ("auto", "reference", "cuda")
 KERNEL_DEVICES = frozenset({"cuda"})  # where the extension's kernels run (tests add "cpu", where the emulator serves them)
 
 
-@lru_cache(maxsize=1)
+class _Extension:
+    """The compiled extension, loaded when it is first asked for; or the reason why there is none."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.kernels: dict[str, Callable] | None = None  # by the names of `reference`
+        self.reason = ""
+
+    def load(self) -> None:
+        self.asked = True
+        library = next(Path(__file__).parent.glob("_C*.so"), None)
+        if library is None:
+            self.reason = build_note() or "this installation has no compiled CUDA kernels (pure-Python install)"
+            return
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            self.reason = f"the CUDA kernels failed to load: {error}"
+            return
+        self.kernels = importlib.import_module("fisnet_cuda.ops.cuda").KERNELS
+
+
+_extension = _Extension()
+
+
 def _load() -> tuple[dict[str, Callable] | None, str]:
-    """The kernels by the names of `reference`, or None and the reason why there are none."""
-    library = next(Path(__file__).parent.glob("_C*.so"), None)
-    if library is None:
-        return None, build_note() or "this installation has no compiled CUDA kernels (pure-Python install)"
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        return None, f"the CUDA kernels failed to load: {error}"
-    return importlib.import_module("fisnet_cuda.ops.cuda").KERNELS, ""
+    """``(kernels, reason)``. Plain attributes, and no cache decorator: torch.compile follows this."""
+    if not _extension.asked:
+        _extension.load()
+    return _extension.kernels, _extension.reason
 
 
 def build_note() -> str:
@@ -48,8 +67,9 @@ def check_backend(backend: str) -> str:
     """``backend`` itself; ValueError for a name that does not exist, RuntimeError for "cuda" without the extension."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "cuda" and _load()[0] is None:
-        raise RuntimeError(f"backend='cuda': {_load()[1]}. Use backend='auto' or 'reference'; see fisnet_cuda.info().")
+    kernels, reason = _load()  # also for "auto": torch.compile must find the extension loaded
+    if backend == "cuda" and kernels is None:
+        raise RuntimeError(f"backend='cuda': {reason}. Use backend='auto' or 'reference'; see fisnet_cuda.info().")
     return backend
 
 
