@@ -14,8 +14,8 @@ from .layout import acc_dtype, is_channels_last
 
 _FOREGROUNDS = {"hybrid": 0, "L2": 1, "L1": 2}
 _NORMALIZATIONS = {"absRoIMean": 0, "RoIMean": 1, "none": 2}
-# Interleaved maps of so few channels are read where they lie: a 32-byte sector then has pixels of one channel enough. More
-# channels are made contiguous once, because every channel's pass would read all of them.
+# Interleaved maps of so few channels are read where they lie, although every channel's pass touches all of them: heatmaps of
+# images. Inner maps have hundreds of channels, and one copy costs less than that.
 _MOST_INTERLEAVED = 4
 
 
@@ -24,7 +24,6 @@ def heatmap_loss(
     R: Tensor, mask: Tensor, *, d: float, E: float, c1: float | Tensor, c2: float | Tensor, foreground: str, normalization: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `fisnet_cuda.reference.heatmap_loss`."""
-    N, K, C = R.shape[:3]
     R = _maps(R.flatten(0, 1))
     mask = mask.detach()
     if mask.dtype not in (torch.bool, torch.uint8):
