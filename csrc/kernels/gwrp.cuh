@@ -39,54 +39,75 @@ __device__ __forceinline__ bool ranks_before(K key, uint32_t index, K other, uin
   return key > other || (key == other && index < other_index);
 }
 
-// ---- bitonic sort --------------------------------------------------------------------------------------------------------
+// Items in shared memory, as two arrays. The lowest five bits of a place are exchanged so that threads which reach for every
+// 8th or every 64th item meet different banks. Room is a multiple of 32.
 template <typename K>
-__device__ __forceinline__ void put_in_order(K (&key)[4], uint32_t (&index)[4], int a, int b, bool forward) {
-  if (ranks_before(key[b], index[b], key[a], index[a]) != forward) return;
-  const K k = key[a]; key[a] = key[b]; key[b] = k;
-  const uint32_t i = index[a]; index[a] = index[b]; index[b] = i;
+struct Items {
+  K* key;
+  uint32_t* index;
+
+  static __device__ __forceinline__ int place(int i) { return i ^ ((i >> 5) & 7) ^ (((i >> 6) & 3) << 3); }
+  __device__ __forceinline__ void get(K& k, uint32_t& x, int i) const {
+    k = key[place(i)];
+    x = index[place(i)];
+  }
+  __device__ __forceinline__ void set(int i, K k, uint32_t x) const {
+    key[place(i)] = k;
+    index[place(i)] = x;
+  }
+};
+
+// ---- bitonic sort --------------------------------------------------------------------------------------------------------
+// One thread's share of the network: eight items i, i + s, ..., i + 7 s, and of one stage the levels that compare items
+// `lowest` to run / 2 apart. Runs of `run` items are sorted forwards and backwards in turn.
+template <typename K>
+__device__ __forceinline__ void compare_eight(K (&key)[8], uint32_t (&index)[8], int i, int s, int run, int lowest) {
+  FISNET_UNROLL
+  for (int apart = 4; apart; apart /= 2) {
+    if (apart * s > run / 2 || apart * s < lowest) continue;
+    FISNET_UNROLL
+    for (int a = 0; a < 8; ++a) {
+      if (a & apart) continue;
+      const int b = a + apart;
+      const bool forward = ((i + a * s) & run) == 0;
+      const bool swap = ranks_before(key[b], index[b], key[a], index[a]) == forward;
+      const K k = key[a];
+      const uint32_t x = index[a];
+      key[a] = swap ? key[b] : k;
+      index[a] = swap ? index[b] : x;
+      key[b] = swap ? k : key[b];
+      index[b] = swap ? x : index[b];
+    }
+  }
 }
 
-// Sorts `size` items (a power of two, 4 or more) in shared memory; `threads` is a multiple of 32, `sync` a barrier of them.
-// A thread takes four items i, i + s, i + 2 s, i + 3 s at a time, which is two of the network's levels for one access.
-// Where s <= 32 a warp keeps to its own 128 items, so warps need not wait for each other.
+// Sorts `size` items (a power of two, 8 or more); `threads` is a multiple of 32, `sync` a barrier of them. Three levels of the
+// network for one access. Where s <= 32 a warp keeps to its own 256 items, so warps need not wait for each other.
 template <typename K, typename Sync>
-__device__ __forceinline__ void sort_items(K* key, uint32_t* index, int size, int tid, int threads, Sync sync) {
+__device__ __forceinline__ void sort_items(const Items<K>& items, int size, int tid, int threads, Sync sync) {
   bool alone = false;  // whether the accesses before kept to the warp's own items
-  auto round = [&](int run, int s, bool first, bool second) {
-    if (alone && s <= 32) __syncwarp(); else sync();
-    alone = s <= 32;
-    for (int q = tid; q < size / 4; q += threads) {
-      const int i = ((q & ~(s - 1)) << 2) | (q & (s - 1));
-      K k[4];
-      uint32_t x[4];
-      FISNET_UNROLL
-      for (int j = 0; j < 4; ++j) { k[j] = key[i + j * s]; x[j] = index[i + j * s]; }
-      const bool forward = (i & run) == 0;
-      if (run == 4) {  // runs of two first
-        put_in_order(k, x, 0, 1, true);
-        put_in_order(k, x, 2, 3, false);
+  for (int run = 8; run <= size; run *= 2) {
+    int lowest = 1;
+    while (lowest * 8 <= run / 2) lowest *= 8;
+    for (; lowest; lowest /= 8) {
+      const int s = min(lowest, size / 8);
+      if (alone && s <= 32) __syncwarp(); else sync();
+      alone = s <= 32;
+      for (int q = tid; q < size / 8; q += threads) {
+        const int i = ((q & ~(s - 1)) << 3) | (q & (s - 1));
+        K key[8];
+        uint32_t index[8];
+        FISNET_UNROLL
+        for (int j = 0; j < 8; ++j) items.get(key[j], index[j], i + j * s);
+        if (run == 8) {
+          compare_eight(key, index, i, s, 2, 1);
+          compare_eight(key, index, i, s, 4, 1);
+        }
+        compare_eight(key, index, i, s, run, lowest);
+        FISNET_UNROLL
+        for (int j = 0; j < 8; ++j) items.set(i + j * s, key[j], index[j]);
       }
-      if (first) {
-        put_in_order(k, x, 0, 2, forward);
-        put_in_order(k, x, 1, 3, forward);
-      }
-      if (second) {
-        put_in_order(k, x, 0, 1, forward);
-        put_in_order(k, x, 2, 3, forward);
-      }
-      FISNET_UNROLL
-      for (int j = 0; j < 4; ++j) { key[i + j * s] = k[j]; index[i + j * s] = x[j]; }
     }
-  };
-  bool odd = true;
-  for (int run = 4; run <= size; run *= 2, odd = !odd) {  // sorted runs of `run` items, every second one backwards
-    int s = run / 4;
-    if (!odd) {  // an odd number of levels: the widest alone
-      round(run, s, true, false);
-      s /= 2;
-    }
-    for (; s >= 1; s /= 4) round(run, s, true, true);
   }
   sync();
 }
@@ -107,14 +128,17 @@ struct RankWeights {
   }
 };
 
-// This thread's part of sum_i w_i x_(i) over sorted keys, i < k; stores the ranked indices where they are wanted.
+// This thread's part of sum_i w_i x_(i) over sorted items, i < k; stores the ranked indices where they are wanted.
 template <typename A>
-__device__ __forceinline__ A weigh(const Key<A>* key, const uint32_t* index, int k, double log2_d, double scale, int tid, int threads, int* ranked) {
+__device__ __forceinline__ A weigh(const Items<Key<A>>& items, int k, double log2_d, double scale, int tid, int threads, int* ranked) {
   A sum = 0;
   RankWeights w(log2_d, scale, tid, threads);
   for (int i = tid; i < k; i += threads) {
-    sum += static_cast<A>(w.next()) * from_key(key[i]);
-    if (ranked) ranked[i] = static_cast<int>(index[i]);
+    Key<A> key;
+    uint32_t index;
+    items.get(key, index, i);
+    sum += static_cast<A>(w.next()) * from_key(key);
+    if (ranked) ranked[i] = static_cast<int>(index);
   }
   return sum;
 }

@@ -128,12 +128,12 @@ __device__ __forceinline__ void store_sums(const HeatmapLossParams& p, int64_t r
 // Shared memory: `capacity` keys and indices, 2048 counters, one counter a thread. Accumulates a
 // few pixels at a time in float32 (float64 for float64), those sums and the weights in float64. Deterministic: counters are integers, and the sort gives one order whatever order items arrive in.
 template <typename T, int W>
-__global__ void __launch_bounds__(kRowThreads, 2) heatmap_row_kernel(HeatmapLossParams p, GwrpPlan plan) {
+__global__ void __launch_bounds__(kRowThreads, sizeof(Acc<T>) == 8 ? 1 : 2) heatmap_row_kernel(HeatmapLossParams p, GwrpPlan plan) {
   using A = Acc<T>;
   using K = Key<A>;
   FISNET_DYN_SMEM(K, keys);
-  uint32_t* const index = reinterpret_cast<uint32_t*>(keys + plan.capacity);
-  unsigned* const bins = index + plan.capacity;
+  const Items<K> items{keys, reinterpret_cast<uint32_t*>(keys + plan.capacity)};
+  unsigned* const bins = items.index + plan.capacity;
   FISNET_SHARED(unsigned, part, kRowThreads);
   FISNET_SHARED(double, part_sums, kSums * kRowThreads / 32);
   FISNET_SHARED(unsigned, found, 4);  // of find_bin; and the number of items put into shared memory
@@ -159,8 +159,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) heatmap_row_kernel(HeatmapLoss
     if (!ranked) {
       few[3] += value;
     } else if (here) {
-      keys[i] = to_key(value);
-      index[i] = static_cast<uint32_t>(i);
+      items.set(i, to_key(value), static_cast<uint32_t>(i));
     } else {
       atomicAdd(&bins[bracket.bin(to_key(value), 0)], 1u);
     }
@@ -188,8 +187,12 @@ __global__ void __launch_bounds__(kRowThreads, 2) heatmap_row_kernel(HeatmapLoss
     if (!counted) {
       clear();
       if (here) {
-        for (int j = tid; j < count; j += threads)
-          if (bracket.contains(keys[j], order_of(index[j]))) atomicAdd(&bins[bracket.bin(keys[j], order_of(index[j]))], 1u);
+        for (int j = tid; j < count; j += threads) {
+          K key;
+          uint32_t i;
+          items.get(key, i, j);
+          if (bracket.contains(key, order_of(i))) atomicAdd(&bins[bracket.bin(key, order_of(i))], 1u);
+        }
       } else {
         row.template each_pixel<W>(tid, threads, [&](int i, A r, A m, bool exists) {
           const K key = value_key(r, m);
@@ -208,18 +211,18 @@ __global__ void __launch_bounds__(kRowThreads, 2) heatmap_row_kernel(HeatmapLoss
       clear();
       for (int start = 0; start < count; start += threads) {  // in place: slots never overtake what has been read
         const int j = start + tid;
-        const bool take = j < count && bracket.takes(keys[j], order_of(index[j]));
-        const K key = take ? keys[j] : K(0);
-        const uint32_t i = take ? index[j] : kNoIndex;
+        K key = 0;
+        uint32_t i = 0;
+        if (j < count) items.get(key, i, j);
         __syncthreads();
-        with_slot(take, &found[3], [&](unsigned slot) { keys[slot] = key; index[slot] = i; });
+        with_slot(j < count && bracket.takes(key, order_of(i)), &found[3], [&](unsigned slot) { items.set(static_cast<int>(slot), key, i); });
       }
       count = left;
     } else if (left <= plan.capacity) {
       clear();
       row.template each_pixel<W>(tid, threads, [&](int i, A r, A m, bool exists) {
         const K key = value_key(r, m);
-        with_slot(exists && bracket.takes(key, order_of(static_cast<uint32_t>(i))), &found[3], [&](unsigned slot) { keys[slot] = key; index[slot] = static_cast<uint32_t>(i); });
+        with_slot(exists && bracket.takes(key, order_of(static_cast<uint32_t>(i))), &found[3], [&](unsigned slot) { items.set(static_cast<int>(slot), key, static_cast<uint32_t>(i)); });
       });
       count = left;
       here = true;
@@ -227,12 +230,9 @@ __global__ void __launch_bounds__(kRowThreads, 2) heatmap_row_kernel(HeatmapLoss
     __syncthreads();
   }
 
-  for (int j = count + tid; j < plan.sorted; j += threads) {
-    keys[j] = 0;
-    index[j] = kNoIndex;
-  }
-  sort_items(keys, index, plan.sorted, tid, threads, [] { __syncthreads(); });
-  sum[3] = static_cast<double>(weigh<A>(keys, index, k, p.ranking.log2_d, p.ranking.scale, tid, threads, p.index ? static_cast<int*>(p.index) + row_at * k : nullptr));
+  for (int j = count + tid; j < plan.sorted; j += threads) items.set(j, 0, kNoIndex);
+  sort_items(items, plan.sorted, tid, threads, [] { __syncthreads(); });
+  sum[3] = static_cast<double>(weigh<A>(items, k, p.ranking.log2_d, p.ranking.scale, tid, threads, p.index ? static_cast<int*>(p.index) + row_at * k : nullptr));
   block_sums(sum, part_sums, tid, threads);
   if (tid == 0) store_sums<A>(p, row_at, sum);
 }
@@ -246,8 +246,7 @@ __global__ void __launch_bounds__(32 * kWarpRows) heatmap_warp_kernel(HeatmapLos
   const int lane = static_cast<int>(threadIdx.x), w = static_cast<int>(threadIdx.y), k = p.ranking.k;
   const int64_t row_at = static_cast<int64_t>(blockIdx.x) * kWarpRows + w;
   if (row_at >= p.shape.rows()) return;
-  K* const keys = all_keys + w * plan.sorted;
-  uint32_t* const index = reinterpret_cast<uint32_t*>(all_keys + kWarpRows * plan.sorted) + w * plan.sorted;
+  const Items<K> items{all_keys + w * plan.capacity, reinterpret_cast<uint32_t*>(all_keys + kWarpRows * plan.capacity) + w * plan.capacity};
   const Row<T> row(p.shape, p.R, p.mask, row_at);
   A sum[kSums] = {};
   for (int i = lane; i < plan.sorted; i += 32) {
@@ -255,11 +254,10 @@ __global__ void __launch_bounds__(32 * kWarpRows) heatmap_warp_kernel(HeatmapLos
     A r[1] = {}, m[1] = {};
     if (exists) row.template read<1>(r, m, i);
     const A value = add_pixel(sum, r[0], m[0]);
-    keys[i] = exists ? to_key(value) : K(0);
-    index[i] = exists ? static_cast<uint32_t>(i) : kNoIndex;
+    items.set(i, exists ? to_key(value) : K(0), exists ? static_cast<uint32_t>(i) : kNoIndex);
   }
-  sort_items(keys, index, plan.sorted, lane, 32, [] { __syncwarp(); });
-  sum[3] = weigh<A>(keys, index, k, p.ranking.log2_d, p.ranking.scale, lane, 32, p.index ? static_cast<int*>(p.index) + row_at * k : nullptr);
+  sort_items(items, plan.sorted, lane, 32, [] { __syncwarp(); });
+  sum[3] = weigh<A>(items, k, p.ranking.log2_d, p.ranking.scale, lane, 32, p.index ? static_cast<int*>(p.index) + row_at * k : nullptr);
   warp_sums(sum);
   if (lane == 0) store_sums<A>(p, row_at, sum);
 }
@@ -271,7 +269,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) heatmap_chunk_kernel(HeatmapLo
   using A = Acc<T>;
   using K = Key<A>;
   FISNET_DYN_SMEM(K, keys);
-  uint32_t* const index = reinterpret_cast<uint32_t*>(keys + plan.sorted);
+  const Items<K> items{keys, reinterpret_cast<uint32_t*>(keys + plan.sorted)};
   const int tid = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int64_t row_at = blockIdx.x / static_cast<unsigned>(plan.chunks);
   const int start = static_cast<int>(blockIdx.x % static_cast<unsigned>(plan.chunks)) * plan.sorted;
@@ -280,14 +278,12 @@ __global__ void __launch_bounds__(kRowThreads, 2) heatmap_chunk_kernel(HeatmapLo
     const int i = start + j;
     A r[1] = {}, m[1] = {}, unused[kSums] = {};
     if (i < row.pixels) row.template read<1>(r, m, i);
-    keys[j] = i < row.pixels ? to_key(add_pixel(unused, r[0], m[0])) : K(0);
-    index[j] = i < row.pixels ? static_cast<uint32_t>(i) : kNoIndex;
+    items.set(j, i < row.pixels ? to_key(add_pixel(unused, r[0], m[0])) : K(0), i < row.pixels ? static_cast<uint32_t>(i) : kNoIndex);
   }
-  sort_items(keys, index, plan.sorted, tid, threads, [] { __syncthreads(); });
+  sort_items(items, plan.sorted, tid, threads, [] { __syncthreads(); });
   const int64_t to = row_at * row.pixels + start;
   for (int j = tid; j < min(plan.sorted, row.pixels - start); j += threads) {
-    static_cast<K*>(p.key_a)[to + j] = keys[j];
-    static_cast<uint32_t*>(p.index_a)[to + j] = index[j];
+    items.get(static_cast<K*>(p.key_a)[to + j], static_cast<uint32_t*>(p.index_a)[to + j], j);
   }
 }
 
@@ -324,7 +320,9 @@ __global__ void __launch_bounds__(kRowThreads) heatmap_weigh_kernel(const Key<A>
   FISNET_SHARED(A, part, kRowThreads / 32);
   const int tid = static_cast<int>(threadIdx.x);
   const int64_t row = blockIdx.x;
-  A sum[1] = {weigh<A>(key + row * ranking.k, nullptr, ranking.k, ranking.log2_d, ranking.scale, tid, kRowThreads, nullptr)};
+  A sum[1] = {};
+  RankWeights w(ranking.log2_d, ranking.scale, tid, kRowThreads);
+  for (int i = tid; i < ranking.k; i += kRowThreads) sum[0] += static_cast<A>(w.next()) * from_key(key[row * ranking.k + i]);
   block_sums(sum, part, tid, kRowThreads);
   if (tid == 0) sums[row * kSums + 3] = sum[0];
 }
@@ -453,7 +451,7 @@ int rank_rows(const HeatmapLossParams& p, const GwrpPlan& plan, bool wide, cudaS
   const size_t item = sizeof(Key<Acc<T>>) + sizeof(uint32_t);
   if (plan.path == GwrpPath::kWarp) {
     const unsigned blocks = static_cast<unsigned>(ceil_div<int64_t>(rows, kWarpRows));
-    return static_cast<int>(launch(heatmap_warp_kernel<T>, dim3(blocks), dim3(32, kWarpRows), kWarpRows * static_cast<size_t>(plan.sorted) * item, stream, p, plan));
+    return static_cast<int>(launch(heatmap_warp_kernel<T>, dim3(blocks), dim3(32, kWarpRows), kWarpRows * static_cast<size_t>(plan.capacity) * item, stream, p, plan));
   }
   const size_t smem = plan.path == GwrpPath::kBlock ? static_cast<size_t>(plan.capacity) * item + kBins * sizeof(unsigned) : 0;
   const dim3 grid(static_cast<unsigned>(rows)), block(p.shape.pixels <= 2048 ? 128 : kRowThreads);

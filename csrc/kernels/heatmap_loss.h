@@ -45,15 +45,16 @@ struct GwrpPlan {
   int chunks;    // of `sorted` items, merged in global memory
 
   static constexpr int kMostSorted = 4096;
-  static constexpr int kMostShared = 88 * 1024;  // bytes of items: two blocks of an H100 multiprocessor, one of any since sm_80
+  static constexpr int kMostShared = 86 * 1024;  // bytes of items: two blocks of an H100 multiprocessor, one of any since sm_80
   static GwrpPlan of(int pixels, int k, int item_bytes) {
-    const auto power = [](int n) { int p = 4; while (p < n) p *= 2; return p; };
+    const auto power = [](int n) { int p = 8; while (p < n) p *= 2; return p; };
     if (k == 0) return {GwrpPath::kMean, 0, 0, 0};
-    if (pixels <= 256) return {GwrpPath::kWarp, power(pixels), power(pixels), 1};
+    if (pixels <= 256) return {GwrpPath::kWarp, power(pixels), std::max(32, power(pixels)), 1};
     if (k > kMostSorted) return {GwrpPath::kChunks, kMostSorted, kMostSorted, (pixels + kMostSorted - 1) / kMostSorted};
     const int sorted = power(k), most = kMostShared / item_bytes;  // at least kMostSorted
     // More than is sorted, so that a coarse histogram suffices to collect what may be among the k largest.
-    return {GwrpPath::kBlock, sorted, pixels <= most ? std::max(pixels, sorted) : std::min(most, std::max(2 * sorted, 2048)), 1};
+    const int room = pixels <= most ? std::max(pixels, sorted) : std::min(most, std::max(2 * sorted, 2048));
+    return {GwrpPath::kBlock, sorted, (room + 31) / 32 * 32, 1};
   }
 };
 
