@@ -10,6 +10,7 @@ import torch
 from emulator import SCHEDULES, configure
 from helpers import error
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fisnet_cuda import reference
 from fisnet_cuda.ops.heatmap_loss import gwrp_terms, heatmap_loss
@@ -123,6 +124,13 @@ def test_dtypes(device, first_of_ties, d, dtype, size):
 def test_rows_that_do_not_fit_in_shared_memory(device, first_of_ties, dtype, d, size):
     R, mask = draw((1, 1, 1, *size), dtype=dtype)
     check(device, R, mask, d=d)
+
+
+@pytest.mark.parametrize(("d", "size"), [(0.9, (130, 130)), (0.9995, (129, 131)), (1.0, (131, 131)), (0.0, (512, 512)), (0.996, (300, 512))])
+def test_large_maps(device, first_of_ties, d, size):
+    """Several blocks a channel in the adjoint, several merges of sorted chunks."""
+    R, mask = draw((1, 1, 1, *size))
+    check(device, R, mask, d=d, normalization="RoIMean")
 
 
 @pytest.mark.parametrize(("maps", "channels", "mask_channels"), [(1, 3, 1), (3, 1, 1), (3, 3, 3), (2, 9, 1), (2, 9, 9)])
@@ -302,6 +310,17 @@ def test_compiles_for_sizes_that_change(device, d, dynamic):
         options = {**DEFAULTS, "d": d, "c1": torch.tensor([1.0, 2.0], device=device)}
         got, expected = (values_and_gradient(run, R, mask, **options) for run in (compiled, heatmap_loss))
         assert all(torch.equal(g, e) for g, e in zip(got, expected))
+
+
+@pytest.mark.parametrize("d", [0.9, 1.0])
+def test_fake_cuda_tensors(device, d):
+    """What torch.compile sees of a CUDA tensor, also on a machine without a GPU."""
+    with FakeTensorMode():
+        R, mask = torch.empty(2, 2, 3, 40, 40, device="cuda"), torch.empty(2, 1, 40, 40, device="cuda", dtype=torch.uint8)
+        c = torch.empty(2, device="cuda")
+        for part in heatmap_loss(R, mask, **{**DEFAULTS, "d": d, "c1": c, "c2": c}):
+            assert part.shape == (2,)
+            assert part.device.type == "cuda"
 
 
 def test_bindings_refuse_what_does_not_fit(device):
