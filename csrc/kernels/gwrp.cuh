@@ -58,19 +58,18 @@ struct Items {
 };
 
 // ---- bitonic sort --------------------------------------------------------------------------------------------------------
-// One thread's share of the network: eight items i, i + s, ..., i + 7 s, and of one stage the levels that compare items
-// `lowest` to run / 2 apart. Runs of `run` items are sorted forwards and backwards in turn.
-template <typename K>
-__device__ __forceinline__ void compare_eight(K (&key)[8], uint32_t (&index)[8], int i, int s, int run, int lowest) {
+// Eight items of one thread, `s` apart in the array: the levels that compare items `lowest` apart or more, all in one
+// direction; or, for kRun = 2 and 4, the stage that makes sorted runs of so many of the eight, in turn forwards and backwards.
+template <int kRun, typename K>
+__device__ __forceinline__ void compare_eight(K (&key)[8], uint32_t (&index)[8], bool forward, int s, int lowest) {
   FISNET_UNROLL
-  for (int apart = 4; apart; apart /= 2) {
-    if (apart * s > run / 2 || apart * s < lowest) continue;
+  for (int apart = kRun / 2; apart; apart /= 2) {
+    if (kRun == 8 && apart * s < lowest) continue;
     FISNET_UNROLL
     for (int a = 0; a < 8; ++a) {
       if (a & apart) continue;
       const int b = a + apart;
-      const bool forward = ((i + a * s) & run) == 0;
-      const bool swap = ranks_before(key[b], index[b], key[a], index[a]) == forward;
+      const bool swap = ranks_before(key[b], index[b], key[a], index[a]) == (kRun == 8 ? forward : (a & kRun) == 0);
       const K k = key[a];
       const uint32_t x = index[a];
       key[a] = swap ? key[b] : k;
@@ -86,11 +85,11 @@ __device__ __forceinline__ void compare_eight(K (&key)[8], uint32_t (&index)[8],
 template <typename K, typename Sync>
 __device__ __forceinline__ void sort_items(const Items<K>& items, int size, int tid, int threads, Sync sync) {
   bool alone = false;  // whether the accesses before kept to the warp's own items
-  for (int run = 8; run <= size; run *= 2) {
+  for (int run = 8; run <= size; run *= 2) {  // stages: runs of so many items, forwards and backwards in turn
     int lowest = 1;
     while (lowest * 8 <= run / 2) lowest *= 8;
     for (; lowest; lowest /= 8) {
-      const int s = min(lowest, size / 8);
+      const int s = min(lowest, run / 8);
       if (alone && s <= 32) __syncwarp(); else sync();
       alone = s <= 32;
       for (int q = tid; q < size / 8; q += threads) {
@@ -100,10 +99,10 @@ __device__ __forceinline__ void sort_items(const Items<K>& items, int size, int 
         FISNET_UNROLL
         for (int j = 0; j < 8; ++j) items.get(key[j], index[j], i + j * s);
         if (run == 8) {
-          compare_eight(key, index, i, s, 2, 1);
-          compare_eight(key, index, i, s, 4, 1);
+          compare_eight<2>(key, index, true, s, 1);
+          compare_eight<4>(key, index, true, s, 1);
         }
-        compare_eight(key, index, i, s, run, lowest);
+        compare_eight<8>(key, index, (i & run) == 0, s, lowest);
         FISNET_UNROLL
         for (int j = 0; j < 8; ++j) items.set(i + j * s, key[j], index[j]);
       }

@@ -205,7 +205,6 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(Acc<T>) == 8 ? 1 : 2) heat
     bracket.narrow(found[0], order_bits);
     above += found[1];
     const int left = static_cast<int>(above + found[2]);
-    __syncthreads();
     if (here) {
       if (left > plan.sorted) continue;
       clear();
