@@ -123,10 +123,12 @@ __device__ __forceinline__ void store_sums(const HeatmapLossParams& p, int64_t r
 
 // Foreground sums and GWRP of a row: inside = sum |R| M, sum R M, area = sum M, G = sum_i w_i sort_desc(|R| (1 - M))_i.
 // A block owns a row. The keys of |R| (1 - M) go to shared memory, all of them where they fit; else histograms of 11 bits
-// at a time narrow the k-th largest down until what is left fits (one more pass over the row, from the L2 cache; two for
-// values that hardly differ). There the search goes on until no more than a sortable number is left; that is sorted.
-// Shared memory: `capacity` keys and indices, 2048 counters, one counter a thread. Accumulates a
-// few pixels at a time in float32 (float64 for float64), those sums and the weights in float64. Deterministic: counters are integers, and the sort gives one order whatever order items arrive in.
+// at a time narrow the k-th largest down until what is left fits: one more pass over the row, out of the L2 cache, and more
+// where values hardly differ. There the search goes on until no more than can be sorted is left, and that is sorted.
+// With d = 1, or too many ranks for this, only the sums (and the mean) are made here.
+// Shared memory: `capacity` keys and indices, 2048 counters, a counter a thread. Accumulates a few pixels at a time in
+// float32 (float64 for float64), their sums in float64; weights are float64. Deterministic: counters are integers, and the
+// sort gives one order whatever order items arrive in.
 template <typename T, int W>
 __global__ void __launch_bounds__(kRowThreads, sizeof(Acc<T>) == 8 ? 1 : 2) heatmap_row_kernel(HeatmapLossParams p, GwrpPlan plan) {
   using A = Acc<T>;

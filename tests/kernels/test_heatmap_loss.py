@@ -126,7 +126,10 @@ def test_rows_that_do_not_fit_in_shared_memory(device, first_of_ties, dtype, d, 
     check(device, R, mask, d=d)
 
 
-@pytest.mark.parametrize(("d", "size"), [(0.9, (130, 130)), (0.9995, (129, 131)), (1.0, (131, 131)), (0.0, (512, 512)), (0.996, (300, 512))])
+LARGE = ((0.9, (130, 130)), (0.9995, (129, 131)), (1.0, (131, 131)), (0.0, (512, 512)), (0.996, (300, 512)))
+
+
+@pytest.mark.parametrize(("d", "size"), LARGE)
 def test_large_maps(device, first_of_ties, d, size):
     """Several blocks a channel in the adjoint, several merges of sorted chunks."""
     R, mask = draw((1, 1, 1, *size))
