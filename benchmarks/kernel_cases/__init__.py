@@ -52,6 +52,7 @@ class KernelCase:
             written once. The floor of the kernel is this over the bandwidth of a device copy.
         sizes: what the table reports; ResNet-50's first stage unless the op lives elsewhere.
         eager: what PyTorch users would write, where that is not the reference itself; same arguments.
+        run: ``run(function, *args, **kwargs)`` in place of ``function(*args, **kwargs)``, where more than one call is timed.
     """
 
     name: str
@@ -60,6 +61,7 @@ class KernelCase:
     traffic: Callable[[tuple, dict[str, Any], Any], int]
     sizes: Sizes = Sizes()
     eager: Callable | None = None
+    run: Callable | None = None
 
 
 def nbytes(*tensors: Any) -> int:

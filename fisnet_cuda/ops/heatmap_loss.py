@@ -130,23 +130,23 @@ def heatmap_loss(
     c2: float | Tensor,
     foreground: str,
     normalization: str,
-    backend: str = "reference",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # [N], [N]
     """Background and foreground loss of each sample's heatmaps: relevance belongs inside the mask, and in a
     range.
 
     With M the mask (1 = foreground), for sample n and map k::
 
-        A = |R| / (mean of |R| over the foreground + 1e-10)                over channels and pixels
-        ("absRoIMean") G = sum_i d^i sort_desc(A (1 - M))_i / sum_i d^i                   per channel, over
-        all pixels (GWRP) u = min(G / (G + E), 1 - 1e-7)
+        A = |R| / (mean of |R| over the foreground + 1e-10)            over channels and pixels ("absRoIMean")
+        G = sum_i d^i sort_desc(A (1 - M))_i / sum_i d^i               GWRP per channel, over all pixels
+        u = min(G / (G + E), 1 - 1e-7)
         background = mean over k and channels of -log(1 - u)
-        F = sum |R| M                                                      not normalised
+
+        F = sum |R| M                                                  not normalised
         foreground = mean over k of (min(F / c1, 1) - 1)^2 + right(F)
             "L2"      right = (max(F, c2) / c1 - c2 / c1)^2
-            "hybrid"  as "L2" up to F = c1 + c2, beyond it F - (c1 + c2) + 1     the slope no longer grows
-            with F "L1"      right = max(F, c2) - c2                                    in units of R, not of
-            c1
+            "hybrid"  as "L2" up to F = c1 + c2, then F - (c1 + c2) + 1: the slope no longer grows with F
+            "L1"      right = max(F, c2) - c2, in units of R, not of c1
 
     Other normalisations: "RoIMean" divides by the signed foreground mean, then takes the absolute value;
     "none" multiplies by the number of values of a map. Sources: Bassi et al., Nature Communications 15:291
@@ -172,7 +172,7 @@ def heatmap_loss(
         c2: upper end, >= c1; likewise.
         foreground: "hybrid", "L2" or "L1".
         normalization: "absRoIMean", "RoIMean" or "none".
-        backend: "reference" (plain PyTorch), "cuda", or "auto" by the device of R.
+        backend: "auto" (by the device of R), "reference" (plain PyTorch) or "cuda".
 
     Returns:
         ``(background, foreground)``, each [N], >= 0, float32 (float64 if R is). Deterministic; no host sync.
