@@ -1,0 +1,356 @@
+"""What does each kernel cost, next to a copy of as many bytes, to eager PyTorch and to torch.compile?
+
+Every case of `benchmarks.kernel_cases`, in bfloat16 and float32. Results are checked before anything is timed: against
+float64, with at most twice the error that PyTorch makes in the same dtype, and twice the same bits. Then the kernel, the
+reference in eager PyTorch, the same under torch.compile and a device copy of the case's bytes are timed in turn by CUDA
+events, the L2 cache flushed before each. The copy is the floor: "share" is its time over the kernel's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+if not __package__:  # run as a file: the package is one folder up
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import fisnet_cuda as fc
+from benchmarks import common, gpu_worker
+from benchmarks.common import Bar, Report, Spread, Times, cell
+from benchmarks.gpu_worker import Turn
+from benchmarks.kernel_cases import KernelCase, Sizes, all_cases
+from fisnet_cuda import _backend
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}
+KERNEL, EAGER, COMPILED, COPY = "kernel", "eager", "compiled", "copy"
+FLUSH = 2**29  # bytes, several times any L2 cache; writing them also gives the host a head start over the GPU
+# time over the floor, at the sizes of ResNet-50's first stage: 85 % of a copy's bandwidth, and twice the floor
+NEAR_COPY, NEAR_FLOOR = 1 / 0.85, 2.0
+POINTWISE = ("phi", "relu", "batch_norm", "bn_", "adjoint")
+OTHERS = ("first_layer", "zb", "loss", "gwrp")
+
+COLUMNS = {
+    "kernel": cell("case"),
+    "dtype": cell("dtype"),
+    "ms": cell("ms", 3),
+    "GB/s": cell("gb_s", 0),
+    "share of copy": cell("share"),
+    "eager over kernel": cell("eager_over"),
+    "compiled over kernel": cell("compiled_over"),
+    "peak, MiB": cell("peak_mib", 0),
+    "sizes": lambda row: " ".join(f"{key}={value}" for key, value in row["sizes"].items()),
+}
+
+
+def run(options: argparse.Namespace) -> Report:
+    """Check and compile the cases; time them when it is our turn."""
+    report = Report(
+        "kernels", "Time of single kernels", common.settings_of(options), common.environment(options.device), COLUMNS
+    )
+    turn = Turn(options, report)
+    with gpu_worker.emulating(options.device) as reason:
+        if reason:
+            report.note(f"the kernels cannot run emulated: {reason}")
+        ready = _prepared(options, report, turn)
+        turn.wait()
+        _measure(options, report, turn, ready)
+    turn.save()
+    return report
+
+
+def selected(options: argparse.Namespace) -> list[tuple[KernelCase, str]]:
+    """This worker's cases and dtypes."""
+    share, shares = (int(n) for n in options.share.split("/"))
+    cases = [case for case in all_cases() if not options.cases or any(name in case.name for name in options.cases)]
+    pairs = [(case, dtype) for dtype in options.dtypes for case in cases]
+    return pairs[share - 1 :: shares]
+
+
+def shrink(case: KernelCase, odd: bool = True) -> KernelCase:
+    """The case at sizes for the CPU, odd ones, that are no multiple of anything."""
+    s = case.sizes
+    c = min(s.C, 5 if odd else 8)
+    return replace(case, sizes=replace(s, N=min(s.N, 2), C=c, H=min(s.H, 9), W=min(s.W, 11)))
+
+
+# ---- contestants ---------------------------------------------------------------------------------------------
+
+
+class Contest:
+    """One case in one dtype: what is timed, each a function without arguments.
+
+    Args:
+        case, dtype, device: what and where.
+        backend: of torch.compile.
+    """
+
+    def __init__(self, case: KernelCase, dtype: str, device: str, backend: str) -> None:
+        self.case, self.dtype, self.device = case, dtype, device
+        self.name = f"{case.name}, {dtype}"
+        self.kernel = _backend.kernel(case.kernel, "auto", torch.empty(0, device=device))
+        self.reference = getattr(fc.reference, case.kernel)
+        self.eager = case.eager or self.reference
+        self.compiled: Callable | None = torch.compile(own_code(self.eager), backend=backend, dynamic=False)
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether there is a kernel at all: without the extension the reference would run under its name."""
+        return self.kernel is not self.reference
+
+    def operands(self) -> tuple[tuple, dict[str, Any]]:
+        """Arguments of the function, made anew: they are large, and none are kept."""
+        return self.case.make(self.case.sizes, self.device, DTYPES[self.dtype])
+
+    def problem(self) -> str:
+        """What is wrong with the kernel's results; empty when they are right."""
+        args, kwargs = self.operands()
+        got, again = tensors(self.kernel(*args, **kwargs)), tensors(self.kernel(*args, **kwargs))
+        usual = tensors(self.reference(*args, **kwargs))
+        exact = tensors(self.reference(*_double(args), **_double(kwargs)))
+        if len({len(found) for found in (got, usual, exact)}) > 1:
+            return f"{len(got)} results, the reference gives {len(usual)}"
+        unit = torch.finfo(DTYPES[self.dtype]).eps
+        for index, (mine, second, theirs, right) in enumerate(zip(got, again, usual, exact)):
+            if mine.shape != theirs.shape:
+                return f"result {index} has shape {tuple(mine.shape)}, the reference gives {tuple(theirs.shape)}"
+            if not _same_bits(mine, second):
+                return f"result {index} differs between two runs"
+            if not mine.is_floating_point():
+                continue  # masks and indices: where inputs are rounded, they may differ at ties
+            error, allowed = relative_error(mine, right), 2 * relative_error(theirs, right) + 2 * unit
+            if not error <= allowed:
+                return f"result {index} has error {error:.2e}, allowed {allowed:.2e} (relative to the largest entry)"
+        return ""
+
+    def contestants(self, args: tuple, kwargs: dict[str, Any], traffic: int) -> dict[str, Callable[[], object]]:
+        """name -> what is timed."""
+        source = torch.empty(max(traffic // 2, 1), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        found: dict[str, Callable[[], object]] = {
+            KERNEL: lambda: self.kernel(*args, **kwargs),
+            EAGER: lambda: self.eager(*args, **kwargs),
+        }
+        if self.compiled is not None:
+            compiled = self.compiled
+            found[COMPILED] = lambda: compiled(*args, **kwargs)
+        return {**found, COPY: lambda: target.copy_(source)}
+
+
+def own_code(function: Callable) -> Callable:
+    """The function called from code of its own: torch.compile counts its recompilations by code object."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in a result, in order; absent ones (None) left out."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [t for part in value for t in tensors(part)]
+    return []
+
+
+def relative_error(got: Tensor, right: Tensor) -> float:
+    """The largest difference over the largest entry; NaN where ``got`` has one."""
+    if not right.numel():
+        return 0.0
+    scale = right.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((got.double() - right).abs().max() / scale).item()
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or (torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num()))
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _double(part) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_double(part) for part in value)
+    return value
+
+
+def _prepared(options: argparse.Namespace, report: Report, turn: Turn) -> list[Contest]:
+    """Those that are right, compiled where that works."""
+    ready = []
+    for case, dtype in selected(options):
+        contest = turn.attempt(
+            f"{case.name}, {dtype}", lambda case=case, dtype=dtype: _checked(options, report, case, dtype)
+        )
+        if contest is not None:
+            ready.append(contest)
+    compiling = [] if options.compiler == "none" else ready
+    for contest in ready:
+        if contest not in compiling:
+            contest.compiled = None
+    for contest in compiling:
+        if turn.attempt(f"{contest.name}, torch.compile", lambda contest=contest: _compile(contest)) is None:
+            contest.compiled = None
+    return ready
+
+
+def _checked(options: argparse.Namespace, report: Report, case: KernelCase, dtype: str) -> Contest | None:
+    contest = Contest(shrink(case) if options.tiny else case, dtype, options.device, options.compiler)
+    if not contest.is_kernel:
+        raise RuntimeError("there is no such kernel here; see fisnet_cuda.info()")
+    try:
+        with gpu_worker.alone(options.device), torch.no_grad():
+            problem = contest.problem()
+    except (gpu_worker.OutOfTimeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a kernel that refuses its case is as wrong as one that computes something else
+        problem = gpu_worker.brief(error)
+    if problem:
+        report.drop(contest.name, problem)
+        report.add(case=case.name, kernel=case.kernel, dtype=dtype, sizes=asdict(contest.case.sizes), wrong=problem)
+        return None
+    return contest
+
+
+def _compile(contest: Contest) -> bool:
+    args, kwargs = contest.operands()
+    with torch.no_grad():
+        contest.compiled(*args, **kwargs)
+    return True
+
+
+# ---- timing --------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Times of functions on one device: CUDA events around each, the L2 cache flushed before."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.flush = torch.empty(FLUSH if self.cuda else 0, dtype=torch.uint8, device=device)
+
+    def round(self, steps: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        """Milliseconds of each function, run one after the other."""
+        if not self.cuda:
+            return {name: _host_ms(step) for name, step in steps.items()}
+        events = {}
+        for name, step in steps.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.flush.zero_()
+            start.record()
+            step()
+            end.record()
+            events[name] = (start, end)
+        torch.cuda.synchronize()
+        return {name: start.elapsed_time(end) for name, (start, end) in events.items()}
+
+
+def _host_ms(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _measure(options: argparse.Namespace, report: Report, turn: Turn, ready: list[Contest]) -> None:
+    clock, begin = Clock(options.device), time.perf_counter()
+    for index, contest in enumerate(ready):
+        left = turn.seconds - (time.perf_counter() - begin)
+        if left <= 0:
+            report.note(f"not timed, the time was over: {', '.join(c.name for c in ready[index:])}")
+            break
+        try:
+            with torch.no_grad():
+                _row(options, report, clock, contest, left / (len(ready) - index))
+        except Exception as error:
+            report.note(f"{contest.name}: not timed, {gpu_worker.brief(error)}")
+        if index % 4 == 3:
+            turn.save()
+        row = report.rows[-1] if report.rows else {}
+        if row.get("case") == contest.case.name and "ms" in row:
+            turn.say(f"{contest.name}: {row['ms']['p50']:.3f} ms, {row['share']['p50']:.0%} of a copy's bandwidth")
+
+
+def _row(options: argparse.Namespace, report: Report, clock: Clock, contest: Contest, seconds: float) -> None:
+    args, kwargs = contest.operands()
+    case = contest.case
+    before = torch.cuda.memory_allocated() if clock.cuda else 0
+    if clock.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    traffic = case.traffic(args, kwargs, contest.kernel(*args, **kwargs))
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if clock.cuda else None
+    steps = contest.contestants(args, kwargs, traffic)
+    rounds: list[dict[str, float]] = []
+    for _ in range(options.warmup):
+        clock.round(steps)
+    begin = time.perf_counter()
+    while len(rounds) < options.rounds:
+        if len(rounds) >= options.least_rounds and time.perf_counter() - begin > seconds:
+            break
+        rounds.append(clock.round(steps))
+    times = Times({name: [found[name] for found in rounds] for name in steps})
+    more = {f"{name}_over": times.ratio(name, KERNEL) for name in (EAGER, COMPILED) if name in steps}
+    over_copy = times.ratio(KERNEL, COPY)
+    report.add(
+        case=case.name, kernel=case.kernel, dtype=contest.dtype, sizes=asdict(case.sizes), ms=times.spread(KERNEL),
+        gb_s=Spread.of([traffic / ms / 1e6 for ms in times.ms[KERNEL]]), share=times.ratio(COPY, KERNEL), **more,
+        over_copy=over_copy, traffic_bytes=traffic, copy_gb_s=Spread.of([traffic / ms / 1e6 for ms in times.ms[COPY]]),
+        peak_mib=peak, rounds=len(rounds), all_ms=times.ms,
+    )  # fmt: skip
+    limit = limit_of(case)
+    if limit:
+        judged = "H100" in report.environment["device"] and (limit == NEAR_FLOOR or case.sizes == Sizes())
+        report.bars.append(Bar(f"{contest.name}: time over a copy of its bytes", over_copy, limit, judged=judged))
+
+
+def limit_of(case: KernelCase) -> float | None:
+    """The target of a case: its time over that of a copy."""
+    for words, limit in ((OTHERS, NEAR_FLOOR), (POINTWISE, NEAR_COPY)):
+        if any(word in name for word in words for name in (case.kernel, case.name)):
+            return limit
+    return None
+
+
+# ---- the command ---------------------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    p = common.parser(__doc__)
+    gpu_worker.options_of(p)
+    p.add_argument("--cases", nargs="+", default=[], help="parts of names of cases; all of them")
+    p.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    p.add_argument("--rounds", type=int, default=40, help="how often each is timed, while there is time")
+    p.add_argument("--least-rounds", type=int, default=20, help="how often however little time there is")
+    p.add_argument("--warmup", type=int, default=3, help="rounds before that")
+    p.add_argument("--share", default="1/1", help="2/3: the second third of the cases")
+    p.add_argument("--compiler", default="inductor", help="backend of torch.compile; none leaves it out")
+    p.add_argument("--tiny", action="store_true", help="small odd sizes, for a machine without a GPU")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    options = arguments().parse_args(argv)
+    if options.quick:
+        options.tiny, options.rounds, options.least_rounds, options.warmup = True, 3, 3, 1
+        options.compiler = "eager" if options.compiler == "inductor" else options.compiler
+    common.prepare(options)
+    report = run(options)
+    if not options.part:
+        print(report.markdown())
+        common.save_json(report.content(), report.path(options.out, ".json"))
+    return int(report.wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
