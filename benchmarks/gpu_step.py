@@ -175,7 +175,9 @@ def _made(options: argparse.Namespace, setup: Setup, contestant: Contestant) -> 
             step = TrainingStep(contestant.case, setup, backend=contestant.backend)
         step()
         made, peak = _warm(step, before, setup)
-        return (captured(step) if contestant.replayed else made), peak
+        if contestant.replayed:
+            made = captured(step, setup.device, getattr(step.explainer, "generator", None))
+        return made, peak
 
 
 def _warm(step: TrainingStep, before: int, setup: Setup) -> tuple[Callable[[], None], float]:
@@ -188,12 +190,22 @@ def _warm(step: TrainingStep, before: int, setup: Setup) -> tuple[Callable[[], N
     return step, (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def captured(step: TrainingStep, warmup: int = 3) -> Callable[[], None]:
-    """The step as a CUDA graph, which replays its kernels without the host; on a CPU the step itself.
+def captured(
+    step: Callable[[], None], device: str, generator: torch.Generator | None = None, warmup: int = 3
+) -> Callable[[], None]:
+    """A step as a CUDA graph, which replays its kernels without the host; on a CPU the step itself.
 
     What the step makes (gradients among it) lives in the graph's own memory and is overwritten by every replay.
+
+    Args:
+        step: captured after ``warmup`` calls.
+        device: "cuda" or "cpu".
+        generator: of random draws in the step, beside PyTorch's default one.
+        warmup: calls before the capture, on the stream of the capture; on a CPU too.
     """
-    if step.setup.device != "cuda":
+    if device != "cuda":
+        for _ in range(warmup):
+            step()
         return step
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -202,7 +214,6 @@ def captured(step: TrainingStep, warmup: int = 3) -> Callable[[], None]:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    generator = getattr(step.explainer, "generator", None)
     if generator is not None:
         graph.register_generator_state(generator)
     with torch.cuda.graph(graph, stream=stream):
