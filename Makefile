@@ -9,6 +9,9 @@ OUT         ?= demo_out
 DEMO_ARGS   ?=
 TEST_ARGS   ?=
 BENCH_ARGS  ?=
+GPU_OUT     ?= benchmarks/results
+GPU_ARGS    ?=
+GPU_PYTHON  ?= 3.12
 
 # The modules that each command imports, with the name under which pip knows them. PYTHON= installs what is missing of
 # these and nothing else; the virtual environment gets the same from the extras in pyproject.toml.
@@ -26,13 +29,15 @@ endif
 
 PIP = $(PY) -m pip --disable-pip-version-check --no-input
 
-.PHONY: help demo test bench lint clean use-demo use-test use-bench
+.PHONY: help demo test bench gpu gpu-wheels lint clean use-demo use-test use-bench
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train three small nets on marked digits, measure, draw two figures (under five minutes)"
 	@echo "make test    run the whole test suite, doctests included"
 	@echo "make bench   run all benchmarks"
+	@echo "make gpu     on a machine with a GPU: its tests, compute-sanitizer, all benchmarks (under eight minutes, no network)"
+	@echo "make gpu-wheels  what that needs beside torch, for a machine without network; goes to build/gpu_wheels"
 	@echo "make lint    check the code with ruff"
 	@echo "make clean   remove what these commands made"
 	@echo
@@ -47,6 +52,9 @@ help:
 	@echo "  DEMO_ARGS='--quick'       options of the demo; --help lists them"
 	@echo "  TEST_ARGS='-k loss'       options of pytest"
 	@echo "  BENCH_ARGS='...'          options of the benchmarks"
+	@echo "  GPU_OUT=DIR               where 'make gpu' writes; benchmarks/results unless told"
+	@echo "  GPU_ARGS='--profile'      options of 'make gpu'; --help lists them"
+	@echo "  GPU_PYTHON=3.12           the Python that 'make gpu-wheels' fetches packages for"
 
 demo: $(call READY,demo)
 	@$(PY) -m fisnet_cuda.demo --out "$(OUT)" $(DEMO_ARGS)
@@ -57,6 +65,13 @@ test: $(call READY,test)
 
 bench: $(call READY,bench)
 	@$(PY) -m benchmarks.run_all $(BENCH_ARGS)
+
+# With PYTHON= nothing is fetched: what is missing there comes from build/gpu_wheels.
+gpu: $(if $(strip $(PYTHON)),,$(VENV)/.ready-test)
+	@$(PY) -m benchmarks.gpu --out "$(GPU_OUT)" $(GPU_ARGS)
+
+gpu-wheels: $(if $(strip $(PYTHON)),,$(VENV)/.ready-test)
+	@$(PY) -m benchmarks.gpu_wheels --python "$(GPU_PYTHON)"
 
 lint: $(call READY,test)
 	@$(PY) -m ruff check .

@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,7 @@ OK, FAILED, TIMEOUT, SKIPPED = "ok", "failed", "timeout", "skipped"
 # moments as shares of the whole time: preparing ends and timing begins; and what tests may take
 PREPARED, TESTS, SANITIZER, INSTALL = 0.54, 0.27, 0.19, 0.30
 REPORTING = 8.0  # seconds kept for the report
+GRACE = 15.0  # seconds for a worker that has used its time to write and end
 
 
 # ---- processes -----------------------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ class Job:
         except subprocess.TimeoutExpired:
             self.signal(signal.SIGINT)  # pytest then still writes what it found
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(5)
+                self.process.wait(8)
             self.kill()
             return TIMEOUT
         self.kill()
@@ -212,8 +214,7 @@ class Run:
         found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(gpu_wheels.SITE), found.get("PYTHONPATH")]))
         found["PYTHONUNBUFFERED"] = "1"
         found["FISNET_COMMIT"] = gpu_wheels.commit(self.options.wheels)
-        found.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")  # there are many compilers at work
-        found.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products; PyTorch's default size on Hopper
+        found.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # there are many compilers at work
         return found
 
     def start(self, name: str, command: Sequence[str], echo: bool = True, **more: str) -> Job:
@@ -282,7 +283,7 @@ def install(run: Run) -> bool:
     start = time.monotonic()
     try:
         with _limit(max(run.left(INSTALL), 60)):
-            gpu_wheels.install(run.options.wheels, lambda text: run.say(f"install: {text}"), _capability())
+            gpu_wheels.install(run.options.wheels, lambda text: run.say(f"install: {text}"), read_smi("compute_cap"))
     except Exception as error:
         run.stage("install", FAILED, time.monotonic() - start, str(error))
         run.fail(f"install: {error}")
@@ -305,15 +306,19 @@ def _limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _capability() -> str:
-    """The GPU's compute capability as nvidia-smi reads it; empty where it cannot."""
+def read_smi(query: str) -> str:
+    """What nvidia-smi reads of the GPU (nothing is ever set); empty where it cannot."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
-        run = subprocess.run(
-            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
-        )
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return ""
     return run.stdout.split("\n")[0].strip() if run.returncode == 0 else ""
+
+
+def _clocks() -> str:
+    """SM and memory clock, temperature, power."""
+    return read_smi("clocks.sm,clocks.mem,temperature.gpu,power.draw")
 
 
 def environment(run: Run) -> bool:
@@ -533,6 +538,7 @@ class Preparing(threading.Thread):
 def measure(run: Run) -> None:
     """Time the workers one after the other."""
     rest = list(run.workers)
+    run.environment["clocks_before"] = _clocks()
     while rest:
         worker = rest[0]
         share = worker.seconds / sum(w.seconds for w in rest)
@@ -546,6 +552,7 @@ def measure(run: Run) -> None:
         if worker.job is None:  # there was no time to prepare beside the tests
             launch(run, worker, run.elapsed + min(40, 0.4 * left))
         _turn(run, worker, share, left)
+    run.environment["clocks_after"] = _clocks()
     run.save()
 
 
@@ -558,7 +565,7 @@ def _turn(run: Run, worker: Worker, share: float, left: float) -> None:
         return
     seconds = min(2 * worker.seconds, share * (run.left() - REPORTING))
     job.tell(f"go {seconds:.1f}")
-    status = job.finish(min(2 * seconds + 15, run.left() - REPORTING / 2))
+    status = job.finish(min(2 * seconds + GRACE, run.left() - REPORTING / 2))
     part = json.loads(worker.part.read_text()) if worker.part and worker.part.exists() else {"rows": [], "wrong": False}
     timed = [row for row in part["rows"] if "wrong" not in row]
     detail = f"{len(timed)} rows"
@@ -585,11 +592,11 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--zennit", type=Path, nargs="+", default=[], help="folders with zennit or captum: time their heatmaps too")
     p.add_argument("--authors", type=Path, help="folder of the authors' code (PedroRASB/FasterISNet): time its step too")
     p.add_argument("--wheels", type=Path, default=gpu_wheels.WHEELS, help="what 'make gpu-wheels' made (build/gpu_wheels)")
-    p.add_argument("--tests", nargs="+", default=["tests/kernels", "tests/gpu"], help="which tests")
-    p.add_argument("--test-args", nargs="+", default=[], help="more options of pytest (write --test-args=-x)")
+    p.add_argument("--tests", nargs="+", default=["tests/gpu", "tests/kernels"], help="which tests")
+    p.add_argument("--test-args", type=shlex.split, default=[], help="more options of pytest: --test-args='-x -k loss'")
     p.add_argument("--test-seconds", type=float, help="at most so long for the tests")
-    p.add_argument("--kernel-args", nargs="+", default=[], help="more options of benchmarks/kernels.py")
-    p.add_argument("--step-args", nargs="+", default=[], help="more options of benchmarks/gpu_step.py")
+    p.add_argument("--kernel-args", type=shlex.split, default=[], help="more options of benchmarks/kernels.py")
+    p.add_argument("--step-args", type=shlex.split, default=[], help="more options of benchmarks/gpu_step.py")
     p.add_argument("--at-once", type=int, help="how many benchmarks prepare at the same time")
     p.add_argument("--logs", type=Path, help="keep the logs of all stages in this folder")
     return p

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ if not __package__:  # run as a file: the package is one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import fisnet_cuda as fc
-from benchmarks import common
+from benchmarks import common, gpu
 from benchmarks.common import cell, markdown_table
 
 QUERY = ("driver_version", "compute_cap", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw", "power.limit")
@@ -51,19 +50,9 @@ def describe(device: str) -> dict[str, Any]:
             "memory_gib": round(p.total_memory / 2**30, 1),
             "l2_mib": round(p.L2_cache_size / 2**20, 1),
             "cudnn": torch.backends.cudnn.version(),
-            **smi(),
+            **dict(zip(QUERY, (value.strip() for value in gpu.read_smi(",".join(QUERY)).split(",")))),
         }
     return found
-
-
-def smi() -> dict[str, str]:
-    """Driver, clocks, temperature and power as nvidia-smi reads them; nothing is set. Empty where it cannot."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(QUERY, (value.strip() for value in run.stdout.split("\n")[0].split(","))))
 
 
 def markdown(content: dict[str, Any]) -> str:

@@ -140,12 +140,13 @@ def _prepared(
         report.drop(f"{setup.model}, {case}", reason)
     steps: dict[str, Callable[[], None]] = {}
     peaks: dict[str, float] = {}
+    shared = setup.network()
     for contestant in contestants:
         if contestant.case in (wrong or {}):
             continue
         made = turn.attempt(
             f"{setup.model} at {setup.size}, {setup.precision}, {contestant.text}",
-            lambda contestant=contestant: _made(options, setup, contestant),
+            lambda contestant=contestant: _made(options, setup, shared, contestant),
         )
         if made is not None:
             steps[contestant.key], peaks[contestant.key] = made
@@ -158,36 +159,41 @@ def _wrong(options: argparse.Namespace, setup: Setup, contestants: Sequence[Cont
         return verify.training_cases(setup, cases)
 
 
-def _made(options: argparse.Namespace, setup: Setup, contestant: Contestant) -> tuple[Callable[[], None], float]:
-    """The step, warm, and its peak memory in MiB: weights, gradients, optimizer state and activations."""
-    cuda = setup.device == "cuda"
-    if contestant.compiled:  # no lock: compiling takes minutes of one core, and little of the GPU
-        before = torch.cuda.memory_allocated() if cuda else 0
-        step = TrainingStep(contestant.case, setup, backend=contestant.backend)
-        step.net = torch.compile(step.explainer, backend=options.compiler, fullgraph=True)
-        step()
-        return _warm(step, before, setup)
-    with gpu_worker.alone(setup.device):
-        before = torch.cuda.memory_allocated() if cuda else 0
+def _made(
+    options: argparse.Namespace, setup: Setup, shared: nn.Module, contestant: Contestant
+) -> tuple[Callable[[], None], float]:
+    """The step, warm, and its peak memory in MiB: weights, gradients, optimizer state and activations.
+
+    All train the ``shared`` network where they leave it as it is: waiting workers must fit the GPU together.
+    """
+    for p in shared.parameters():
+        p.grad = None
+    before = torch.cuda.memory_allocated() if setup.device == "cuda" else 0
+    own = contestant.case in (DOUBLE_BACKWARD, AUTHORS)
+    weights = 0 if own else sum(t.numel() * t.element_size() for t in (*shared.parameters(), *shared.buffers()))
+
+    def made() -> tuple[TrainingStep, float]:
         if contestant.case == AUTHORS:
-            step = AuthorsStep(setup, options.authors)
+            step: TrainingStep = AuthorsStep(setup, options.authors)
         else:
-            step = TrainingStep(contestant.case, setup, backend=contestant.backend)
+            step = TrainingStep(contestant.case, setup, backend=contestant.backend, model=None if own else shared)
+        if contestant.compiled:
+            step.net = torch.compile(step.explainer, backend=options.compiler, fullgraph=True)
         step()
-        made, peak = _warm(step, before, setup)
+        if setup.device != "cuda":
+            return step, math.nan
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return step, (torch.cuda.max_memory_allocated() - before + weights) / 2**20
+
+    if contestant.compiled:  # no lock: compiling takes minutes of one core, and little of the GPU
+        return made()
+    with gpu_worker.alone(setup.device):
+        step, peak = made()
         if contestant.replayed:
-            made = captured(step, setup.device, getattr(step.explainer, "generator", None))
-        return made, peak
-
-
-def _warm(step: TrainingStep, before: int, setup: Setup) -> tuple[Callable[[], None], float]:
-    if setup.device != "cuda":
-        step()
-        return step, math.nan
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return step, (torch.cuda.max_memory_allocated() - before) / 2**20
+            return captured(step, setup.device, getattr(step.explainer, "generator", None)), peak
+        return step, peak
 
 
 def captured(

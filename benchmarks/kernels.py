@@ -90,16 +90,18 @@ class Contest:
 
     Args:
         case, dtype, device: what and where.
-        backend: of torch.compile.
+        compiler: backend of torch.compile; "none" leaves that out.
     """
 
-    def __init__(self, case: KernelCase, dtype: str, device: str, backend: str) -> None:
+    def __init__(self, case: KernelCase, dtype: str, device: str, compiler: str) -> None:
         self.case, self.dtype, self.device = case, dtype, device
         self.name = f"{case.name}, {dtype}"
         self.kernel = _backend.kernel(case.kernel, "auto", torch.empty(0, device=device))
         self.reference = getattr(fc.reference, case.kernel)
         self.eager = case.eager or self.reference
-        self.compiled: Callable | None = torch.compile(own_code(self.eager), backend=backend, dynamic=False)
+        self.compiled: Callable | None = None
+        if compiler != "none":
+            self.compiled = torch.compile(own_code(self.eager), backend=compiler, dynamic=False)
 
     @property
     def is_kernel(self) -> bool:
@@ -194,11 +196,9 @@ def _prepared(options: argparse.Namespace, report: Report, turn: Turn) -> list[C
         )
         if contest is not None:
             ready.append(contest)
-    compiling = [] if options.compiler == "none" else ready
     for contest in ready:
-        if contest not in compiling:
-            contest.compiled = None
-    for contest in compiling:
+        if contest.compiled is None:
+            continue
         if turn.attempt(f"{contest.name}, torch.compile", lambda contest=contest: _compile(contest)) is None:
             contest.compiled = None
     return ready

@@ -55,14 +55,17 @@ def test_kernels_agree_with_the_reference(device, net, variant, precision, layou
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("net", ["resnet18s", "vgg"])
+@pytest.mark.parametrize("net", ["resnet18s", "seqbn"])
 def test_compiled_without_a_graph_break(device, net, variant):
-    """``torch.compile(fullgraph=True)`` of forward and relevance with the kernels in it."""
-    if device == "cpu" and (net, variant) != ("resnet18s", "selective"):
+    """``torch.compile(fullgraph=True)`` of forward and relevance with the kernels in it; one case through inductor."""
+    if device == "cpu" and (net, variant) != ("seqbn", "selective"):
         pytest.skip("one case emulated")
     torch._dynamo.reset()
-    eager, compiled = (Step(net, variant, device) for _ in range(2))
-    compiled.net = torch.compile(compiled.net, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    # on a CPU, fake tensors and oneDNN disagree about the strides of a channels_last weight's gradient
+    layout = torch.channels_last if device == "cuda" else torch.contiguous_format
+    eager, compiled = (Step(net, variant, device, layout=layout) for _ in range(2))
+    inductor = device == "cuda" and (net, variant) == ("resnet18s", "dual")
+    compiled.net = torch.compile(compiled.net, fullgraph=True, backend="inductor" if inductor else "aot_eager")
     for step in (eager, compiled):
         step()
     for name in MEASURED:
