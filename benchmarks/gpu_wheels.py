@@ -180,7 +180,7 @@ def _newest_source() -> float:
 def _compile(say: Callable[[str], None], capability: str) -> None:
     """Compile in place, one job a core: a minute or two."""
     say("kernels: compiling them, for there is no wheel of these sources")
-    variables = {**os.environ, "MAX_JOBS": str(os.cpu_count() or 1)}
+    variables = {**os.environ, "MAX_JOBS": str(os.cpu_count() or 1), "FISNET_CUDA_BUILD": "1"}
     if SITE.exists():
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SITE), variables.get("PYTHONPATH")]))
         variables["PATH"] = os.pathsep.join([str(SITE / "bin"), variables.get("PATH", "")])

@@ -13,14 +13,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.gpu_worker import emulating
+from benchmarks.gpu_worker import brief, emulating
 from benchmarks.kernel_cases import LAYOUTS, all_cases
 from benchmarks.kernels import DTYPES, Contest, grad_where_asked, results, shrink
 
 
-def run(device: str) -> int:
-    """All cases; returns how many ran."""
-    seen = set()
+def run(device: str) -> tuple[int, list[str]]:
+    """All cases; returns how many ran, and those that did not."""
+    seen, refused = set(), []
     for case in all_cases():
         for layout in LAYOUTS:
             small = shrink(case)
@@ -30,14 +30,21 @@ def run(device: str) -> int:
                 if key in seen:
                     continue
                 seen.add(key)
-                contest = Contest(small, dtype, device, "none")
-                args, kwargs = contest.operands()
-                with grad_where_asked(args):
-                    made = results(contest.kernel(*args, **kwargs))
-                for t in made:
-                    if t is not None:
-                        t.cpu()
-    return len(seen)
+                try:
+                    once(Contest(small, dtype, device, "none"))
+                except Exception as error:
+                    refused.append(f"{case.name}, {dtype}, {layout}: {brief(error)}")
+    return len(seen) - len(refused), refused
+
+
+def once(contest: Contest) -> None:
+    """Run a case's kernel and read its results."""
+    args, kwargs = contest.operands()
+    with grad_where_asked(args):
+        made = results(contest.kernel(*args, **kwargs))
+    for t in made:
+        if t is not None:
+            t.cpu()
 
 
 if __name__ == "__main__":
@@ -47,5 +54,7 @@ if __name__ == "__main__":
     with emulating(options.device) as reason:
         if reason:
             print(f"left out: {reason}")
-        else:
-            print(f"{run(options.device)} cases ran")
+            sys.exit(0)
+        count, refused = run(options.device)
+    print("\n".join([*refused, f"{count} cases ran, {len(refused)} did not"]))
+    sys.exit(int(bool(refused)))
