@@ -77,10 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.quick:
         options.model, options.batch, options.size, options.steps = "small", 2, 32, 1
     common.prepare(options)
-    report = run(options)
-    if not options.part:
-        print(report.markdown())
-    return 0
+    return gpu_worker.finish(run(options), options)
 
 
 if __name__ == "__main__":

@@ -349,11 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.rounds, options.warmup = 3, 1
         options.compiler = "aot_eager" if options.compiler == "inductor" else options.compiler
     common.prepare(options)
-    report = run(options)
-    if not options.part:
-        print(report.markdown())
-        common.save_json(report.content(), report.path(options.out, ".json"))
-    return int(report.wrong)
+    return gpu_worker.finish(run(options), options)
 
 
 if __name__ == "__main__":

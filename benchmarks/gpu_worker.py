@@ -131,6 +131,14 @@ def alone(device: str) -> Iterator[None]:
             free()
 
 
+def finish(report: Report, options: argparse.Namespace) -> int:
+    """Without ``--part``, where nobody collects it, show the report and write it; returns the exit code."""
+    if not options.part:
+        print(report.markdown())
+        common.save_json(report.content(), report.path(options.out, ".json"))
+    return int(report.wrong)
+
+
 def leave(code: int) -> NoReturn:
     """End the process at once: tearing PyTorch down takes seconds, for which the next worker would wait."""
     sys.stdout.flush()

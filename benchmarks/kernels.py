@@ -371,11 +371,7 @@ def main(argv: list[str] | None = None) -> int:
         options.tiny, options.rounds, options.least_rounds, options.warmup = True, 3, 3, 1
         options.compiler = "eager" if options.compiler == "inductor" else options.compiler
     common.prepare(options)
-    report = run(options)
-    if not options.part:
-        print(report.markdown())
-        common.save_json(report.content(), report.path(options.out, ".json"))
-    return int(report.wrong)
+    return gpu_worker.finish(run(options), options)
 
 
 if __name__ == "__main__":
