@@ -25,20 +25,9 @@ BACKENDS = ("auto", "reference", "cuda")
 KERNEL_DEVICES = frozenset({"cuda"})  # where the extension's kernels run (tests add "cpu", where the emulator serves them)
 
 
-_found: list[tuple[dict[str, Callable] | None, str]] = []  # what `_load` found; no lru_cache, which torch.compile looks through
-
-
+@lru_cache(maxsize=1)
 def _load() -> tuple[dict[str, Callable] | None, str]:
     """The kernels by the names of `reference`, or None and the reason why there are none."""
-    if not _found:
-        _found.append(_search())
-    return _found[0]
-
-
-_load.cache_clear = _found.clear
-
-
-def _search() -> tuple[dict[str, Callable] | None, str]:
     library = next(Path(__file__).parent.glob("_C*.so"), None)
     if library is None:
         return None, build_note() or "this installation has no compiled CUDA kernels (pure-Python install)"
@@ -59,11 +48,8 @@ def check_backend(backend: str) -> str:
     """``backend`` itself; ValueError for a name that does not exist, RuntimeError for "cuda" without the extension."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "reference":
-        return backend
-    kernels, reason = _load()  # here, where modules are made: torch.compile cannot trace the search for the library
-    if backend == "cuda" and kernels is None:
-        raise RuntimeError(f"backend='cuda': {reason}. Use backend='auto' or 'reference'; see fisnet_cuda.info().")
+    if backend == "cuda" and _load()[0] is None:
+        raise RuntimeError(f"backend='cuda': {_load()[1]}. Use backend='auto' or 'reference'; see fisnet_cuda.info().")
     return backend
 
 
