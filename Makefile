@@ -9,6 +9,9 @@ OUT         ?= demo_out
 DEMO_ARGS   ?=
 TEST_ARGS   ?=
 BENCH_ARGS  ?=
+GPU_OUT     ?= benchmarks/results
+GPU_ARGS    ?=
+GPU_PYTHON  ?= 3.12
 
 # The modules that each command imports, with the name under which pip knows them. PYTHON= installs what is missing of
 # these and nothing else; the virtual environment gets the same from the extras in pyproject.toml. @name is a package
@@ -29,7 +32,7 @@ endif
 
 PIP = $(PY) -m pip --disable-pip-version-check --no-input
 
-.PHONY: help demo test bench build lint clean use-demo use-test use-bench use-build
+.PHONY: help demo test bench build gpu gpu-wheels lint clean use-demo use-test use-bench use-build
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +40,8 @@ help:
 	@echo "make test    run the whole test suite, doctests included"
 	@echo "make bench   run all benchmarks"
 	@echo "make build   build the CUDA kernels in place where there is a CUDA toolkit; test and bench do it themselves"
+	@echo "make gpu     on a machine with a GPU: its tests, compute-sanitizer, all benchmarks (under eight minutes, no network)"
+	@echo "make gpu-wheels  what that needs beside torch, for a machine without network; goes to build/gpu_wheels"
 	@echo "make lint    check the code with ruff"
 	@echo "make clean   remove what these commands made"
 	@echo
@@ -52,6 +57,9 @@ help:
 	@echo "  FISNET_CUDA_BUILD=1       fail where the kernels cannot be built; 0 leaves them out"
 	@echo "  TEST_ARGS='-k loss'       options of pytest"
 	@echo "  BENCH_ARGS='...'          options of the benchmarks"
+	@echo "  GPU_OUT=DIR               where 'make gpu' writes; benchmarks/results unless told"
+	@echo "  GPU_ARGS='--profile'      options of 'make gpu'; --help lists them"
+	@echo "  GPU_PYTHON=3.12           the Python that 'make gpu-wheels' fetches packages for"
 
 demo: $(call READY,demo)
 	@$(PY) -m fisnet_cuda.demo --out "$(OUT)" $(DEMO_ARGS)
@@ -68,6 +76,13 @@ build: $(call READY,build)
 	@echo "Building the CUDA kernels: what has changed of them, all of them the first time (minutes)"
 	@$(PY) setup.py --quiet build_ext --inplace >build.log 2>&1 && { grep '^fisnet_cuda:' build.log; rm build.log; } \
 	  || { cat build.log; rm build.log; exit 1; }
+
+# With PYTHON= nothing is fetched: what is missing there comes from build/gpu_wheels.
+gpu: $(if $(strip $(PYTHON)),,$(VENV)/.ready-test)
+	@$(PY) -m benchmarks.gpu --out "$(GPU_OUT)" $(GPU_ARGS)
+
+gpu-wheels: $(if $(strip $(PYTHON)),,$(VENV)/.ready-test)
+	@$(PY) -m benchmarks.gpu_wheels --python "$(GPU_PYTHON)"
 
 lint: $(call READY,test)
 	@$(PY) -m ruff check .

@@ -100,16 +100,22 @@ class TrainingStep:
         compiled: run forward, relevance and backward through ``torch.compile``.
         update: False stops after the backward. Importing ``torch.optim`` takes about 75 MiB, the same for every
             case, which would make ratios of memory look better than they are.
+        backend: of the variants and the loss: "auto", "reference" or "cuda".
+        model: train this one, which other steps may share, instead of a fresh one; not for "double_backward".
     """
 
-    def __init__(self, case: str, setup: Setup, compiled: bool = False, update: bool = True) -> None:
+    def __init__(
+        self, case: str, setup: Setup, compiled: bool = False, update: bool = True, backend: str = "auto",
+        model: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         if case not in CASES:
             raise ValueError(f"case must be one of {', '.join(CASES)}, got {case!r}")
         self.case, self.setup = case, setup
-        model = setup.network()
-        net = model if case == PLAIN else explainer(case, model)
-        self.net = torch.compile(net) if compiled else net
-        self.loss = fc.ISNetLoss()
+        model = setup.network() if model is None else model
+        options = {"backend": backend} if case in VARIANTS else {}
+        self.explainer = model if case == PLAIN else explainer(case, model, **options)
+        self.net = torch.compile(self.explainer) if compiled else self.explainer
+        self.loss = fc.ISNetLoss(backend=backend)
         self.parameters = list(model.parameters())
         # so small a step that thousands of them leave the weights, and with them the work, as they are
         self.optimizer = torch.optim.SGD(self.parameters, lr=1e-5, momentum=0.9) if update else None

@@ -25,6 +25,7 @@ from fisnet_cuda.demo.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+LEAST_ROUNDS = 3  # however little time there is
 NOT_JUDGED = "----"  # the verdict on a bar whose target is for other settings
 
 
@@ -79,7 +80,10 @@ def allocator() -> str:
 
 
 def commit() -> str:
-    """The short hash of the checkout, "-dirty" when files other than results differ; "unknown" outside git."""
+    """The short hash of the checkout, "-dirty" when files other than results differ.
+
+    Outside git it is what FISNET_COMMIT says (`benchmarks.gpu` sets it on a machine that has only a copy), else "unknown".
+    """
 
     def git(*arguments: str) -> str:
         run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -89,7 +93,7 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("FISNET_COMMIT", "unknown")
 
 
 def slug(name: str) -> str:
@@ -153,7 +157,10 @@ class Times:
         return Spread.of([t / b for t, b in zip(self.ms[name], self.ms[base])])
 
 
-def interleave(steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int, device: str, label: str) -> Times:
+def interleave(
+    steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int, device: str, label: str,
+    seconds: float | None = None, calls: int = 1,
+) -> Times:  # fmt: skip
     """Time competitors in turn, A B C A B C ..., so that whatever else the machine does hits them alike.
 
     Args:
@@ -162,6 +169,8 @@ def interleave(steps: Mapping[str, Callable[[], object]], rounds: int, warmup: i
         warmup: rounds before that, which are not counted.
         device: "cuda" waits for the device before and after each step.
         label: what the progress line says.
+        seconds: begin no further round after so long (but always do `LEAST_ROUNDS`).
+        calls: how often a step runs between two looks at the clock; its time is the mean.
     """
 
     def wait() -> None:
@@ -170,14 +179,18 @@ def interleave(steps: Mapping[str, Callable[[], object]], rounds: int, warmup: i
 
     times: dict[str, list[float]] = {name: [] for name in steps}
     progress, done = Progress(label, len(steps) * (rounds + warmup)), 0
+    begin = time.perf_counter()
     for index in range(rounds + warmup):
+        if seconds is not None and index >= warmup + LEAST_ROUNDS and time.perf_counter() - begin > seconds:
+            break
         for name, step in steps.items():
             wait()
             start = time.perf_counter()
-            step()
+            for _ in range(calls):
+                step()
             wait()
             if index >= warmup:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (time.perf_counter() - start) / calls)
             done += 1
             progress.update(done, f"{name}, round {index + 1}")
     return Times(times)
@@ -300,16 +313,9 @@ class Report:
             lines += ["", f"{NOT_JUDGED}: measured, not judged; the target is for other settings."]
         return "\n".join(lines) + "\n"
 
-    def write(self, out: Path, draw: Callable[[Report, Path], None]) -> list[Path]:
-        """Write the JSON file, the Markdown table and the figure; returns their paths.
-
-        Args:
-            out: the folder, made if it does not exist.
-            draw: makes the figure at the path it is given.
-        """
-        out.mkdir(parents=True, exist_ok=True)
-        paths = [self.path(out, suffix) for suffix in (".json", ".md", ".png")]
-        content = {
+    def content(self) -> dict[str, Any]:
+        """What the JSON file holds."""
+        return {
             "name": self.name,
             "question": self.question,
             "settings": self.settings,
@@ -319,10 +325,27 @@ class Report:
             "wrong": self.wrong,
             "rows": self.rows,
         }
-        paths[0].write_text(json.dumps(content, indent=1) + "\n")
+
+    def write(self, out: Path, draw: Callable[[Report, Path], None]) -> list[Path]:
+        """Write the JSON file, the Markdown table and the figure; returns their paths.
+
+        Args:
+            out: the folder, made if it does not exist.
+            draw: makes the figure at the path it is given.
+        """
+        paths = [self.path(out, suffix) for suffix in (".json", ".md", ".png")]
+        save_json(self.content(), paths[0])
         paths[1].write_text(self.markdown())
         draw(self, paths[2])
         return paths
+
+
+def save_json(content: Any, path: Path) -> None:
+    """Write a JSON file so that, whenever the process is stopped, the file is a whole one: the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(path)
 
 
 def result_path(name: str, device: str, out: Path, suffix: str) -> Path:
@@ -387,7 +410,8 @@ def prepare(options: argparse.Namespace) -> None:
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options, for the result file; where files lie is no setting."""
-    return {key: value for key, value in vars(options).items() if key not in ("out", "path", "peaks")}
+    elsewhere = ("out", "path", "peaks", "part", "wait", "until", "authors")
+    return {key: value for key, value in vars(options).items() if key not in elsewhere}
 
 
 def setup_of(options: argparse.Namespace, **fields: Any) -> Setup:

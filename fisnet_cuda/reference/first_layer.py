@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .linear_maps import Geometry, dgrad, fprop, wgrad
-from .phi import fold_maps, per_sample, ratio_backward, stabilise, sum_over_maps
+from .phi import fold_maps, per_sample, ratio_backward, reuse, stabilise, sum_over_maps
 
 
 def _bound(bound: Tensor, like: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ def zb(
         R_k, den_k = per_sample(R_out, den)
         s = R_k / den_k
     else:
-        # `work` is a map of the right size that nobody needs any more: fresh memory costs more than the division
-        R_k, share = per_sample(R_out, torch.div(carrier, den, out=work if work is not den else None))
+        # `work` is a map of the right size that nobody needs any more
+        R_k, share = per_sample(R_out, torch.div(carrier, den, out=reuse(work) if work is not den else None))
         s = share.mul_(R_k) if share.shape == R_k.shape and share.dtype == R_k.dtype else share * R_k
     s = fold_maps(s, den)
     c_plus, c_minus = _dgrad_pair(s, W, geometry, tuple(x.shape[2:]))

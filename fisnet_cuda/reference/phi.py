@@ -40,6 +40,14 @@ def channel_dot(p: Tensor, q: Tensor) -> Tensor:
     return (p * q).sum([0, *range(2, p.dim())])
 
 
+def reuse(work: Tensor | None) -> Tensor | None:
+    """``out=`` for a tensor whose values nobody needs any more: fresh memory costs more than most of the math here.
+
+    Under torch.compile None: it plans memory itself, and refuses an ``out=`` that is not contiguous.
+    """
+    return None if torch.compiler.is_compiling() else work
+
+
 def stabilise(z: Tensor, eps: Epsilon, nonneg: bool = False) -> Tensor:
     """``z + e sign z`` with ``sign 0 = +1``; where that is 0 (``z = e = 0``) the result is 1, so that 0/0 reads 0.
 
@@ -50,7 +58,7 @@ def stabilise(z: Tensor, eps: Epsilon, nonneg: bool = False) -> Tensor:
     else:
         e = eps if isinstance(eps, Tensor) else z.new_full((), eps)
         den = z + 0.0  # a copy to work in, with +0 for -0
-        den = torch.copysign(e, den, out=den).add_(z)
+        den = torch.copysign(e, den, out=reuse(den)).add_(z)
     if isinstance(eps, float) and eps > 0:
         return den
     return torch.where(den == 0, 1.0, den)
@@ -102,14 +110,14 @@ def phi_scale(
         s = joined * (a_k > 0)
     else:
         t = a_k + per_sample_eps(eps, g, a)
-        t = torch.div(a_k, t, out=t)
+        t = torch.div(a_k, t, out=reuse(t))
         # t can be reused in place only where it already has the size and dtype of the result
         s = t.mul_(joined) if t.shape == joined.shape and t.dtype == joined.dtype else t * joined
     s = fold_maps(s, a)
     if scale is None:
         return s, s
     factor = channel_view(scale, s)
-    out = None if keep_s or s.requires_grad else s
+    out = None if keep_s or s.requires_grad else reuse(s)
     return (torch.mul(s, factor, out=out) if rest is None else torch.addcmul(rest, s, factor, out=out)), s
 
 
@@ -156,7 +164,7 @@ def dual_phi(
 ) -> tuple[Tensor, Tensor]:  # ([N, C, ...], [N, C, ...])
     """Both rules of Dual at one ReLU: ``s = phi(a) g``, ``s+ = a g+ / (z+ + e)``."""
     den = stabilise(z_plus, eps_plus, nonneg=True)
-    return phi_scale(g, a, eps)[1], torch.div(a * g_plus, den, out=den)
+    return phi_scale(g, a, eps)[1], torch.div(a * g_plus, den, out=reuse(den))
 
 
 def dual_phi_backward(
@@ -172,7 +180,7 @@ def dual_phi_backward(
     """``(g_bar, g+_bar, a_bar, z+_bar)``: ``z+_bar = -s+ s+_bar/(z+ + e)``, ``a_bar`` = epsilon's ``+ s+ s+_bar/a``."""
     g_bar, a_bar, _ = phi_scale_backward(s_bar, s, a, eps)
     u = stabilise(z_plus, eps_plus, nonneg=True)
-    u = torch.div(s_plus_bar, u, out=u)
+    u = torch.div(s_plus_bar, u, out=reuse(u))
     g_plus_bar = a * u
     z_plus_bar = u.mul_(s_plus).neg_()
     # s+/a = g+/(z+ + e) is finite at a = 0, but there the ReLU before cuts the gradient: 0 is as good

@@ -1,0 +1,172 @@
+"""How a benchmark runs under `benchmarks.gpu`: it prepares beside others, waits for its turn, and measures alone.
+
+Compiling takes most of the time and little of the GPU, so all workers compile at once, while tests run; only then are
+they timed, one after the other. A worker prints one line for each piece of news, ``READY`` when it is prepared, and
+then waits for ``go SECONDS`` on its standard input. Its report is a JSON file that is whole at every moment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+from benchmarks import common
+from benchmarks.common import Report
+
+READY, GO = "READY", "go"
+LOCK = Path(tempfile.gettempdir()) / "fisnet-gpu-memory.lock"
+T = TypeVar("T")
+
+
+class OutOfTimeError(Exception):
+    """The time for preparing is over."""
+
+
+def options_of(p: argparse.ArgumentParser) -> None:
+    """The options that workers have beside those of every benchmark."""
+    p.add_argument("--part", type=Path, help="write the rows to this JSON file as they come")
+    p.add_argument("--wait", action="store_true", help="when prepared, print READY and wait for 'go SECONDS'")
+    p.add_argument("--until", type=float, help="prepare no longer than this moment (seconds since 1970)")
+    p.add_argument("--seconds", type=float, default=60.0, help="time for measuring, where nobody says 'go SECONDS'")
+
+
+class Turn:
+    """A worker's side of the protocol.
+
+    Args:
+        options: parsed options, of `options_of` among others.
+        report: grows with the rows; saved by `save`.
+    """
+
+    def __init__(self, options: argparse.Namespace, report: Report) -> None:
+        self.options, self.report = options, report
+        self.seconds: float = options.seconds
+
+    def say(self, text: str) -> None:
+        """One line of progress."""
+        print(text, flush=True)
+
+    def save(self) -> None:
+        """Write what there is so far."""
+        if self.options.part:
+            common.save_json(self.report.content(), self.options.part)
+
+    def attempt(self, what: str, make: Callable[[], T]) -> T | None:
+        """``make()``, stopped when the time for preparing is over; a failure is a note of the report, and gives None.
+
+        What a failure says matters, yet it must not take the other contestants with it.
+        """
+        start = time.perf_counter()
+        try:
+            with alarm(self.options.until):
+                made = make()
+        except OutOfTimeError:
+            self.report.note(f"{what}: left out, preparing it took longer than there was time")
+        except Exception as error:
+            self.report.note(f"{what}: left out, {brief(error)}")
+        else:
+            if made is not None:
+                self.say(f"{what}: prepared in {time.perf_counter() - start:.1f} s")
+                return made
+        free()
+        self.save()
+        return None
+
+    def wait(self) -> None:
+        """Report that everything is prepared; return when it is this worker's turn, end when nobody waits for it."""
+        self.save()
+        if not self.options.wait:
+            return
+        free()
+        print(READY, flush=True)
+        word, _, seconds = sys.stdin.readline().partition(" ")
+        if word != GO:
+            raise SystemExit(0)
+        self.seconds = float(seconds)
+
+
+@contextlib.contextmanager
+def alarm(until: float | None) -> Iterator[None]:
+    """Inside, `OutOfTimeError` is raised when the clock passes ``until``; at once when it has passed."""
+    if until is None:
+        yield
+        return
+
+    def ring(*_: Any) -> None:
+        raise OutOfTimeError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    # again and again: compilers catch exceptions of all kinds
+    signal.setitimer(signal.ITIMER_REAL, max(until - time.time(), 1e-3), 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def alone(device: str) -> Iterator[None]:
+    """Only one worker at a time runs inside on a GPU: several large steps together might not fit its memory."""
+    if device != "cuda":
+        yield
+        return
+    with LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+            torch.cuda.synchronize()
+        finally:
+            free()
+
+
+def finish(report: Report, options: argparse.Namespace) -> int:
+    """Without ``--part``, where nobody collects it, show the report and write it; returns the exit code."""
+    if not options.part:
+        print(report.markdown())
+        common.save_json(report.content(), report.path(options.out, ".json"))
+    return int(report.wrong)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: tearing PyTorch down takes seconds, for which the next worker would wait."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def free() -> None:
+    """Hand cached GPU memory back, so that other processes can have it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def brief(error: BaseException) -> str:
+    """Kind and first line of an exception."""
+    lines = str(error).strip().split("\n")
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+@contextlib.contextmanager
+def emulating(device: str) -> Iterator[str]:
+    """On "cpu", the kernels run emulated inside (without checks, which tests make); yields why not, or ""."""
+    if device == "cuda":
+        yield ""
+        return
+    sys.path.append(str(common.ROOT / "tests"))
+    import emulator
+
+    reason = emulator.needs()
+    with contextlib.nullcontext() if reason else emulator.emulated(checks=False):
+        yield reason
