@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> bn_statistics(
 
   Launch run(op, x);
   p.slabs = slabs_of(p.planes, x);
-  Tensor partial = acc_vector(x, int64_t{3} * p.slabs * x.size(1));
+  Tensor partial = acc_vector(x, int64_t{4} * p.slabs * x.size(1));
   p.x = run.in(x); p.partial = run.out(partial); p.mean = run.out(mean); p.rstd = run.out(rstd);
   p.running_mean = run.update(running_mean); p.running_var = run.update(running_var);
   run.done(launch_bn_statistics(p, run.stream()));

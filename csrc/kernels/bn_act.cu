@@ -30,18 +30,31 @@ __device__ __forceinline__ void load_channels(const Planes& p, int c, const void
 }
 
 // ---- statistics ----------------------------------------------------------------------------------------------------------
-// Adds moments (n, mean, m2 = sum of squares about the mean) of another set of values to the own.
+// Moments of a set of values: count, mean (as an unevaluated sum of two numbers) and the sum of squares about it.
+template <typename A> struct Moments {
+  A n, mean, low, m2;
+};
+
+// The moments of both sets together (Chan et al. 1983). What the rounding of the mean cuts off is kept in `low`: the mean
+// after many merges is as exact as the values' own, whether they lie about 0 or far from it.
 template <typename A>
-__device__ __forceinline__ void merge_moments(A& n, A& mean, A& m2, A n_other, A mean_other, A m2_other) {
-  if (n_other == A(0)) return;
-  const A total = n + n_other, share = n_other / total, delta = mean_other - mean;
-  mean += delta * share;
-  m2 += m2_other + delta * delta * n * share;
-  n = total;
+__device__ __forceinline__ void merge(Moments<A>& a, const Moments<A>& b) {
+  if (b.n == A(0)) return;
+  const A n = a.n + b.n, share = b.n / n, delta = (b.mean - a.mean) + (b.low - a.low), step = delta * share;
+  const A mean = a.mean + step, back = mean - a.mean;
+  a.low += (a.mean - (mean - back)) + (step - back);
+  a.mean = mean;
+  a.m2 = fma(delta * (a.n * share), delta, a.m2 + b.m2);
+  a.n = n;
 }
 
-// partial[slab] = (count, mean - x0, sum (x - mean)^2) of every channel, x0 the channel's first value: Welford's algorithm
-// about x0, so that neither a large offset nor an outlier costs digits.
+// A channel's first value: all moments are taken about it, so that a large offset costs no digits.
+template <typename T>
+__device__ __forceinline__ Acc<T> origin(const BnStatisticsParams& p, int c) {
+  return to_acc(static_cast<const T*>(p.x)[static_cast<int64_t>(c) * p.planes.inner]);
+}
+
+// partial[slab] = the moments of every channel, about its first value, by Welford's algorithm.
 // Blocks own channels and slabs as in device/channels.cuh; a thread W elements at a time. Shared memory holds the threads'
 // moments, merged as a tree. Accumulates in float32 (float64 for float64). Deterministic.
 template <typename T, int W>
@@ -51,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 4) bn_moments_kernel(BnStatisticsPar
   const int first = own_channel<W>(p.planes);
   A x0[W], mean[W] = {}, m2[W] = {}, count = 0;
   FISNET_UNROLL
-  for (int i = 0; i < W; ++i) x0[i] = first < p.planes.channels ? to_acc(static_cast<const T*>(p.x)[inside ? first + i : first * p.planes.inner]) : A(0);
+  for (int i = 0; i < W; ++i) x0[i] = first < p.planes.channels ? origin<T>(p, inside ? first + i : first) : A(0);
   each_of_channel<W>(p.planes, [&](uint32_t, int64_t offset, int) {
     const Raw<T, W> raw = load_raw<T, W>(p.x, offset);
     count += A(1);
@@ -59,54 +72,54 @@ __global__ void __launch_bounds__(kThreads, 4) bn_moments_kernel(BnStatisticsPar
     FISNET_UNROLL
     for (int i = 0; i < W; ++i) {
       const A x = to_acc(raw.part[i]) - x0[i], delta = x - mean[i];
-      mean[i] += delta * share;
-      m2[i] += delta * (x - mean[i]);
+      mean[i] = fma(delta, share, mean[i]);
+      m2[i] = fma(delta, x - mean[i], m2[i]);
     }
   });
-  if (!inside) {  // the W lanes hold one channel: merge them into the first
-    A n = count;
-    FISNET_UNROLL
-    for (int i = 1; i < W; ++i) merge_moments(n, mean[0], m2[0], count, mean[i], m2[i]);
-    count = n;
-  }
 
-  FISNET_SHARED(A, part, kThreads*(2 * W + 1));
+  // the tree: over threadIdx.y for W channels each, or over all threads and their W lanes for one channel
   const int tid = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
   const int lane = inside ? static_cast<int>(threadIdx.y) : tid, lanes = inside ? static_cast<int>(blockDim.y) : kThreads;
   const int stride = inside ? static_cast<int>(blockDim.x) : 1;
+  FISNET_SHARED(A, part, kThreads / 2 * (3 * W + 1));  // the upper half of the lanes hands its moments to the lower one
+  constexpr int kSlots = kThreads / 2;
+  Moments<A> own[W];
+  FISNET_UNROLL
+  for (int i = 0; i < W; ++i) {
+    own[i] = {count, mean[i], A(0), m2[i]};
+    if (i > 0 && !inside) merge(own[0], own[i]);
+  }
   for (int half = lanes / 2; half; half /= 2) {
-    if (lane < 2 * half) {
+    const int slot = tid - (lane < half ? 0 : half * stride);
+    if (lane >= half && lane < 2 * half) {
+      part[slot] = own[0].n;
       FISNET_UNROLL
       for (int i = 0; i < W; ++i) {
         if (i > 0 && !inside) break;
-        part[i * kThreads + tid] = mean[i];
-        part[(W + i) * kThreads + tid] = m2[i];
+        part[(3 * i + 1) * kSlots + slot] = own[i].mean;
+        part[(3 * i + 2) * kSlots + slot] = own[i].low;
+        part[(3 * i + 3) * kSlots + slot] = own[i].m2;
       }
-      part[2 * W * kThreads + tid] = count;
     }
     __syncthreads();
     if (lane < half) {
-      const int other = tid + half * stride;
-      const A n_other = part[2 * W * kThreads + other];
-      A n = count;
       FISNET_UNROLL
       for (int i = 0; i < W; ++i) {
         if (i > 0 && !inside) break;
-        n = count;
-        merge_moments(n, mean[i], m2[i], n_other, part[i * kThreads + other], part[(W + i) * kThreads + other]);
+        merge(own[i], {part[slot], part[(3 * i + 1) * kSlots + slot], part[(3 * i + 2) * kSlots + slot], part[(3 * i + 3) * kSlots + slot]});
       }
-      count = n;
     }
     __syncthreads();
   }
   if (lane != 0 || first >= p.planes.channels) return;
-  A* const to = static_cast<A*>(p.partial) + static_cast<int64_t>(blockIdx.y) * 3 * p.planes.channels + first;
+  A* const to = static_cast<A*>(p.partial) + static_cast<int64_t>(blockIdx.y) * 4 * p.planes.channels + first;
   FISNET_UNROLL
   for (int i = 0; i < W; ++i) {
     if (i > 0 && !inside) break;
-    to[i] = count;
-    to[p.planes.channels + i] = mean[i];
-    to[2 * p.planes.channels + i] = m2[i];
+    to[i] = own[i].n;
+    to[p.planes.channels + i] = own[i].mean;
+    to[2 * p.planes.channels + i] = own[i].low;
+    to[3 * p.planes.channels + i] = own[i].m2;
   }
 }
 
@@ -129,7 +142,7 @@ __device__ __forceinline__ void move_towards(void* running, DType dtype, int c, 
 // take longer than the pass over memory before it.
 constexpr int kFinishX = 8, kFinishY = 32;
 
-// mean = x0 + mean', rstd = 1 / sqrt(var + eps) with var = M2 / n, and the running statistics with M2 / (n - 1).
+// mean, rstd = 1 / sqrt(var + eps) with var = M2 / n, and the running statistics with M2 / (n - 1).
 // A thread merges every kFinishY-th slab, a tree in shared memory the threads of a channel. In float64. Deterministic.
 template <typename T>
 __global__ void __launch_bounds__(kFinishX * kFinishY) bn_finish_kernel(BnStatisticsParams p) {
@@ -137,32 +150,31 @@ __global__ void __launch_bounds__(kFinishX * kFinishY) bn_finish_kernel(BnStatis
   FISNET_SHARED(double, part, 3 * kFinishX * kFinishY);
   const int c = static_cast<int>(blockIdx.x) * kFinishX + static_cast<int>(threadIdx.x), channels = p.planes.channels;
   const int tid = static_cast<int>(threadIdx.y) * kFinishX + static_cast<int>(threadIdx.x);
-  double n = 0, mean = 0, m2 = 0;
+  Moments<double> own{};
   if (c < channels) {
     for (int s = static_cast<int>(threadIdx.y); s < p.slabs; s += kFinishY) {
-      const A* const from = static_cast<const A*>(p.partial) + static_cast<int64_t>(s) * 3 * channels + c;
-      merge_moments<double>(n, mean, m2, from[0], from[channels], from[2 * channels]);
+      const A* const from = static_cast<const A*>(p.partial) + static_cast<int64_t>(s) * 4 * channels + c;
+      const double mean = static_cast<double>(from[channels]) + static_cast<double>(from[2 * channels]);
+      merge<double>(own, {static_cast<double>(from[0]), mean, 0.0, static_cast<double>(from[3 * channels])});
     }
   }
-  part[tid] = n;
-  part[kThreads + tid] = mean;
-  part[2 * kThreads + tid] = m2;
   for (int half = kFinishY / 2; half; half /= 2) {
+    const int y = static_cast<int>(threadIdx.y), other = tid + half * kFinishX;
+    if (y >= half && y < 2 * half) {
+      part[tid] = own.n;
+      part[kThreads + tid] = own.mean;
+      part[2 * kThreads + tid] = own.m2;
+    }
     __syncthreads();
-    if (static_cast<int>(threadIdx.y) >= half) continue;
-    const int other = tid + half * kFinishX;
-    merge_moments<double>(n, mean, m2, part[other], part[kThreads + other], part[2 * kThreads + other]);
-    part[tid] = n;
-    part[kThreads + tid] = mean;
-    part[2 * kThreads + tid] = m2;
+    if (y < half) merge<double>(own, {part[other], part[kThreads + other], 0.0, part[2 * kThreads + other]});
   }
   if (threadIdx.y != 0 || c >= channels) return;
-  mean += static_cast<double>(to_acc(static_cast<const T*>(p.x)[static_cast<int64_t>(c) * p.planes.inner]));
+  const double mean = own.mean + static_cast<double>(origin<T>(p, c));
   static_cast<A*>(p.mean)[c] = static_cast<A>(mean);
-  static_cast<A*>(p.rstd)[c] = static_cast<A>(1.0 / sqrt(m2 / n + p.eps));
+  static_cast<A*>(p.rstd)[c] = static_cast<A>(1.0 / sqrt(own.m2 / own.n + p.eps));
   if (!p.running_mean) return;
   move_towards(p.running_mean, p.running_dtype, c, p.momentum, mean);
-  move_towards(p.running_var, p.running_dtype, c, p.momentum, m2 / (n - 1.0));
+  move_towards(p.running_var, p.running_dtype, c, p.momentum, own.m2 / (own.n - 1.0));
 }
 static_assert(kFinishX * kFinishY == kThreads, "the finishing kernels index shared memory by kThreads");
 
@@ -231,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) bn_apply_ker
     if (p.skip) load_group<T, W>(skip, p.skip, offset);
     load_group<T, W>(z, p.x, offset);
     FISNET_UNROLL
-    for (int i = 0; i < kGroup; ++i) z[i] = (z[i] - mean[i]) * scale[i] + bias[i] + skip[i];
+    for (int i = 0; i < kGroup; ++i) z[i] = fma(z[i] - mean[i], scale[i], bias[i]) + skip[i];
     store_group<T, W>(p, offset, z);
   });
 }
@@ -262,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) bn_apply_fla
         bias = p.bias ? static_cast<const A*>(p.bias)[c] : A(0);
         known = c;
       }
-      z[i] = (z[i] - mean) * scale + bias + skip[i];
+      z[i] = fma(z[i] - mean, scale, bias) + skip[i];
     }
     if (++pixel == p.planes.inner) {
       pixel = 0;
@@ -320,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, kMost == 1 ? 3 : 2) bn_backward_sums
     FISNET_UNROLL
     for (int i = 0; i < W; ++i) {
       sum[0][i] += g[i];
-      sum[1][i] += g[i] * (to_acc(x.part[i]) - mean[i]);
+      sum[1][i] = fma(g[i], to_acc(x.part[i]) - mean[i], sum[1][i]);
     }
   });
   store_channel_partials<2, W>(p.planes, sum, static_cast<A*>(p.partial));
@@ -385,7 +397,7 @@ __global__ void __launch_bounds__(kThreads, 3) bn_backward_x_kernel(BnBackwardPa
     join<T, W, kBatchStatistics ? 1 : BnBackwardParams::kMostGrads>(p, offset, g);
     FISNET_UNROLL
     for (int i = 0; i < W; ++i) {
-      if constexpr (kBatchStatistics) g[i] = g[i] - m1[i] - (to_acc(x.part[i]) - mean[i]) * m2[i];
+      if constexpr (kBatchStatistics) g[i] = fma(mean[i] - to_acc(x.part[i]), m2[i], g[i] - m1[i]);
       out.part[i] = from_acc<T>(g[i] * scale[i]);
     }
     *reinterpret_cast<Raw<T, W>*>(static_cast<T*>(p.gx) + offset) = out;

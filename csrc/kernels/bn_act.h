@@ -12,7 +12,7 @@ struct BnStatisticsParams {
   double eps;
   const void* x;        // [outer, channels, inner]
   int slabs;            // of partial: ChannelGrid::of(planes, width).slabs
-  void* partial;        // [slabs, 3, channels] accumulation type; scratch
+  void* partial;        // [slabs, 4, channels] accumulation type; scratch
   void* mean;           // [channels] accumulation type
   void* rstd;           // [channels] accumulation type
   void* running_mean;   // [channels] or null; updated in place

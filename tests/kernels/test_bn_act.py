@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from emulator import SCHEDULES, configure
-from helpers import CHECKS, Case, close, error, grads, rand, randn
+from helpers import CHECKS, EXACT, Case, close, error, grads, rand, randn
 from test_batch_norm import CASES, MEAN, VAR
 from torch import nn
 
@@ -97,7 +97,7 @@ def at_most_twice(got, usual, exact, dtype):
     """The rule of tests/helpers.py: twice the error of PyTorch in this dtype, plus a rounding floor."""
     for name, want in exact.items():
         unit = torch.finfo(torch.float32 if "running" in name or name in ("mean", "rstd") else dtype).eps
-        allowed = 2 * error(usual[name], want) + 2 * unit
+        allowed = 2 * error(usual[name], want) + 2 * unit if dtype != torch.float64 else EXACT  # that is the reference itself
         seen = error(got[name], want)
         assert seen <= allowed, f"{name}: error {seen:.3g}, allowed {allowed:.3g}"
 
@@ -171,8 +171,8 @@ def test_statistics_of_large_offsets(device, layout, first):
     x = x.to(device).contiguous(memory_format=layout)
     mean, rstd = fisnet.bn_statistics(x, None, None, 0.1, 1e-5)
     exact = x.double().cpu()
-    close(mean.cpu(), exact.mean((0, 2, 3)), torch.finfo(torch.float32).eps)
-    close(rstd.cpu(), (exact.var((0, 2, 3), unbiased=False) + 1e-5).rsqrt(), 1e-6)
+    close(mean.cpu(), exact.mean((0, 2, 3)), 4e-7 if first > 1e5 else 6e-8)
+    close(rstd.cpu(), (exact.var((0, 2, 3), unbiased=False) + 1e-5).rsqrt(), 1e-5 if first > 1e5 else 1e-6)
 
 
 def test_forward_of_a_large_offset(device):
