@@ -47,13 +47,13 @@ def fan_case(name, training, copies, skip, size):
 
 
 FAN = [
-    fan_case("two", True, 2, False, (3, 3, 2, 2)),
-    fan_case("three-skip", True, 3, True, (2, 2, 3, 3)),
-    fan_case("four-channels-of-8", True, 4, False, (3, 8, 2, 1)),
+    fan_case("two", True, 2, False, (2, 3, 1, 3)),
+    fan_case("three-skip", True, 3, True, (2, 2, 2, 3)),
+    fan_case("four-whole-vectors", True, 4, False, (3, 4, 2, 1)),
     fan_case("six-skip", True, 6, True, (4, 3)),
     fan_case("eval-three", False, 3, False, (2, 3, 3)),
     fan_case("eval-two-skip", False, 2, True, (2, 3, 1, 3)),
-    fan_case("volume", True, 2, True, (2, 2, 2, 1, 3)),
+    fan_case("volume", True, 2, True, (2, 2, 1, 1, 3)),
 ]
 
 
