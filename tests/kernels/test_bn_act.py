@@ -2,13 +2,16 @@
 
 import itertools
 
+import golden_nets
 import pytest
 import torch
 from emulator import SCHEDULES, configure
 from helpers import CHECKS, EXACT, Case, close, error, grads, rand, randn
 from test_batch_norm import CASES, MEAN, VAR
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fisnet_cuda as fc
 from fisnet_cuda import _backend, ops, reference
 
 F = torch.nn.functional
@@ -34,7 +37,8 @@ def fan_case(name, training, copies, skip, size):
         return sum(y * f.to(y) for y, f in zip(ys, factors))
 
     def op(x, weight, bias, skip=None):
-        y, _, _, *more = ops.bn_act(x, weight, bias, mean.to(x, copy=True), var.to(x, copy=True), training, 0.1, 1e-5, skip, True, copies=copies)
+        running = mean.to(x, copy=True), var.to(x, copy=True)
+        y, _, _, *more = ops.bn_act(x, weight, bias, *running, training, 0.1, 1e-5, skip, True, copies=copies)
         assert len(more) == copies - 1
         return joined([y, *more])
 
@@ -65,8 +69,12 @@ def test_cases(device, case, check):
 
 # ---- sizes, layouts, dtypes ----------------------------------------------------------------------------------------------
 
-# vectors of 8 channels, one channel, odd ones, odd maps, maps of whole vectors, N H W = 2, one pixel, 1-d and volumes
-SIZES = [(2, 8, 4, 4), (3, 16), (2, 1, 5, 3), (2, 5, 7, 7), (3, 4, 8), (1, 3, 1, 2), (2, 3, 1, 1), (2, 24, 2, 2, 2), (2, 12, 3, 5), (1, 40, 17)]
+SIZES = [
+    (2, 8, 4, 4), (3, 16), (2, 24, 2, 2, 2),  # whole vectors of channels
+    (3, 4, 8), (2, 12, 3, 5), (1, 40, 17),  # of some types only
+    (2, 1, 5, 3), (2, 5, 7, 7),  # one channel, odd ones
+    (1, 3, 1, 2), (2, 3, 1, 1),  # N H W = 2, one pixel
+]  # fmt: skip
 
 
 def arguments(size, dtype, device, layout=None, skip=True, seed=0, offset=0.0):
@@ -84,7 +92,9 @@ def step(x, w, b, running, skip, training, backend="auto", momentum=0.1, copies=
     running = [None if t is None else t.clone() for t in running]
     inputs = {n: t.detach().requires_grad_() for n, t in (("x", x), ("weight", w), ("bias", b), ("skip", skip)) if t is not None}
     args = [inputs.get(n) for n in ("x", "weight", "bias")]
-    y, mean, rstd, *more = ops.bn_act(*args, *running, training, momentum, 1e-5, inputs.get("skip"), True, copies=copies, backend=backend)
+    y, mean, rstd, *more = ops.bn_act(
+        *args, *running, training, momentum, 1e-5, inputs.get("skip"), True, copies=copies, backend=backend
+    )
     bars = [randn(*x.shape, seed=30 + i).to(x) for i in range(copies)]
     found = torch.autograd.grad([y, *more], list(inputs.values()), bars)
     assert all(g.dtype == t.dtype for g, t in zip(found, inputs.values()))
@@ -322,6 +332,25 @@ def test_consumers_without_a_gradient(device):
         (got,) = torch.autograd.grad([y, *more][used], [x], bar)
         want = got if want is None else want
         assert torch.equal(got, want)
+
+
+def test_a_networks_gradients_are_joined_once(device):
+    """The consumers of a layer (next convolution, skip, relevance) hand their gradients to one call of the backward."""
+    seen = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._opname == "bn_act_backward":
+                seen.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    net = fc.ISNet(golden_nets.build("resnet18s").to(device), "selective", check="never").train()
+    out = net(rand(2, 3, 32, 32).to(device, next(net.parameters()).dtype), relevance=True)
+    with Calls():
+        ((out.heatmaps**2).sum() + out.logits.sum()).backward()
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    assert len(seen) == norms
+    assert max(seen) == 3
 
 
 def test_copies_are_aliases(device):
