@@ -23,6 +23,11 @@ void* Launch::out(Tensor& t) const {
   emu::allow(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size(), true);
   return t.mutable_data_ptr();
 }
+void* Launch::update(const OptTensor& t) const {
+  if (!t.has_value() || t->numel() == 0) return nullptr;
+  emu::allow(t->mutable_data_ptr(), static_cast<size_t>(t->numel()) * t->element_size(), true);
+  return t->mutable_data_ptr();
+}
 
 #else
 
@@ -56,6 +61,7 @@ Launch::Launch(const char* op, const Tensor& on) : op_(op), stream_(nullptr), gu
 }
 const void* Launch::in(const Tensor& t) const { return t.const_data_ptr(); }
 void* Launch::out(Tensor& t) const { return t.numel() ? t.mutable_data_ptr() : nullptr; }
+void* Launch::update(const OptTensor& t) const { return t.has_value() && t->numel() ? t->mutable_data_ptr() : nullptr; }
 
 #endif
 

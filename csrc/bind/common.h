@@ -138,6 +138,7 @@ class Launch {
   const void* in(const Tensor& t) const;
   const void* in(const OptTensor& t) const { return t.has_value() ? in(*t) : nullptr; }
   void* out(Tensor& t) const;  // null for an absent result (no elements)
+  void* update(const OptTensor& t) const;  // an operand that is changed in place; null when absent
   void* stream() const { return stream_; }
   void done(int error) const;
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._backend import implementation
 from .capture import capture
+from .fan_out import fan_out
 from .fuse import fuse
 from .ir import Graph, Instr, Mode, Param, Slot, slots_in
 from .lower import Lowered, StreamSpec, lower
@@ -129,9 +130,10 @@ class Program:
         outputs |= {slot for streams in lowered.hidden.values() for slot in streams.values()}
         outputs |= {slot for _, _, out, handed in lowered.taps for slot in (out, *handed)}
         forward, relevance = fuse(lowered.forward, lowered.relevance, frozenset(outputs))
-        self.lowered = replace(lowered, forward=forward, relevance=relevance)
-        self._owners, slot_of = _param_slots((*forward, *relevance), lowered.slots)
-        self._slots = lowered.slots + len(slot_of)
+        forward, relevance, slots = fan_out(forward, relevance, outputs, lowered.slots)
+        self.lowered = replace(lowered, forward=forward, relevance=relevance)  # slots behind lowered.slots: aliases, parameters
+        self._owners, slot_of = _param_slots((*forward, *relevance), slots)
+        self._slots = slots + len(slot_of)
         frees = _last_uses(forward, relevance, outputs)
         self._forward, self._relevance = (
             tuple(_Call.of(instr, dead, slot_of) for instr, dead in zip(instrs, free))

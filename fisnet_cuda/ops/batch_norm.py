@@ -20,8 +20,9 @@ def bn_act(
     skip: Tensor | None = None,  # [N, C, ...]
     relu: bool = False,
     *,
+    copies: int = 1,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:  # ([N, C, ...], [C], [C])
+) -> tuple[Tensor, ...]:  # ([N, C, ...], [C], [C], *[N, C, ...])
     """``y = [relu](bn(x) [+ skip])``, and the statistics that the forward really used.
 
     Args:
@@ -32,13 +33,17 @@ def bn_act(
         momentum, eps: as in ``torch.nn.BatchNorm2d``.
         skip: added before the ReLU. Gets a gradient.
         relu: whether a ReLU follows.
+        copies: how many consumers y will have; each may get an output of its own (on a GPU one kernel then joins their
+            gradients in the backward; elsewhere it is the same tensor).
         backend: "auto", "reference" or "cuda".
 
     Returns:
-        ``(y, mean, rstd)``; ``rstd = 1/sqrt(var + eps)`` with the biased variance, both detached ``[C]``.
+        ``(y, mean, rstd)``; ``rstd = 1/sqrt(var + eps)`` with the biased variance, both detached ``[C]``. Then
+        ``copies - 1`` times y again, the same memory: do not change it in place.
 
     Raises:
-        ValueError: one value a channel in training mode, where a variance does not exist; a skip of another shape.
+        ValueError: one value a channel in training mode, where a variance does not exist; a skip of another shape; fewer
+            than one copy.
 
     Example:
         >>> import torch
@@ -50,8 +55,10 @@ def bn_act(
         raise ValueError(f"BatchNorm in train mode needs more than one value a channel, got an input {tuple(x.shape)}")
     if skip is not None and skip.shape != x.shape:
         raise ValueError(f"skip must have the shape of x, {tuple(x.shape)}, got {tuple(skip.shape)}: bring both to one shape first")
+    if copies < 1:
+        raise ValueError(f"copies must be at least 1 (the result itself), got {copies}")
     return kernel("bn_act", backend, x)(
-        x, weight, bias, running_mean, running_var, training, momentum, eps, skip, relu
+        x, weight, bias, running_mean, running_var, training, momentum, eps, skip, relu, copies
     )
 
 
@@ -68,15 +75,16 @@ def tracked_bn_act(
     skip: Tensor | None = None,  # [N, C, ...]
     relu: bool = False,
     *,
+    copies: int = 1,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:  # ([N, C, ...], [C], [C])
+) -> tuple[Tensor, ...]:  # ([N, C, ...], [C], [C], *[N, C, ...])
     """`bn_act` with the bookkeeping of ``torch.nn.BatchNorm2d``: the batch counter, and which statistics are used.
 
     Args:
         counter: ``num_batches_tracked``, incremented in train mode; None without running statistics.
         training: the module's flag; without running statistics the batch's own are used in either mode.
         momentum: None is the cumulative average (which reads the counter on the host, as PyTorch does).
-        x, weight, bias, running_mean, running_var, eps, skip, relu, backend: as in `bn_act`.
+        x, weight, bias, running_mean, running_var, eps, skip, relu, copies, backend: as in `bn_act`.
 
     Returns:
         As `bn_act`.
@@ -95,7 +103,7 @@ def tracked_bn_act(
     batch_statistics = bool(training or running_mean is None)
     return bn_act(
         x, weight, bias, running_mean, running_var, batch_statistics, 0.0 if momentum is None else momentum, eps, skip, relu,
-        backend=backend,
+        copies=copies, backend=backend,
     )  # fmt: skip
 
 

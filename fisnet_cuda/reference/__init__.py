@@ -28,7 +28,7 @@ Sources
 * Bassi, Decherchi, Cavalli, Faster ISNet, arXiv 2401.08409: Dual, Selective and Stochastic; the gradient form of epsilon.
 """
 
-from .batch_norm import affine_scale_shift, bn_act
+from .batch_norm import affine_scale_shift, bn_act, bn_act_backward
 from .first_layer import zb, zb_backward
 from .heatmap_loss import gwrp, gwrp_terms, heatmap_loss, resize_mask
 from .linear_maps import Geometry, conv_geometry, dgrad, fprop, linear_geometry, weight_dominates, wgrad
@@ -49,6 +49,7 @@ __all__ = [
     "Geometry",
     "affine_scale_shift",
     "bn_act",
+    "bn_act_backward",
     "conv_geometry",
     "dgrad",
     "dual_phi",

@@ -22,7 +22,7 @@ def case(name, training, skip=False, relu=False, affine=True, size=(4, 3, 3, 2))
 
     def arguments(x, rest):
         named = dict(zip(list(inputs)[1:], rest))
-        running = [t.to(x.dtype, copy=True) for t in (MEAN, VAR)]
+        running = [t.to(x, copy=True) for t in (MEAN, VAR)]
         return named, running
 
     def op(x, *rest):
