@@ -1,4 +1,4 @@
-// Pointwise passes over relevance beside activations: which elements a thread owns.
+// Pointwise passes over relevance beside activations: which elements a thread owns, and how it fetches them.
 #pragma once
 #include <type_traits>
 
@@ -23,5 +23,53 @@ __device__ __forceinline__ void each_vector(int64_t size, F&& body) {
   } else if constexpr (W > 1) {
     for (int64_t i = at; i < size; ++i) body(i, std::integral_constant<int, 1>{});
   }
+}
+
+// W elements as they lie in memory. Kernels that are bound by memory fetch all their operands before they use any, so that
+// a thread's loads are under way together; unconverted, they wait in few registers.
+template <typename T, int W>
+struct alignas(sizeof(T) * W) Raw {
+  T part[W];
+  __device__ __forceinline__ Acc<T> operator[](int i) const { return to_acc(part[i]); }
+  __device__ __forceinline__ void set(int i, Acc<T> x) { part[i] = from_acc<T>(x); }
+};
+// Elements from[0] to from[W - 1]; zeros where the operand is absent.
+template <int W, typename T>
+__device__ __forceinline__ Raw<T, W> fetch(const T* from, int64_t at) {
+  Raw<T, W> x;
+  if (from) {
+    x = *reinterpret_cast<const Raw<T, W>*>(from + at);
+  } else {
+    FISNET_UNROLL
+    for (int i = 0; i < W; ++i) x.set(i, Acc<T>(0));
+  }
+  return x;
+}
+// Nothing where the result is absent.
+template <typename T, int W>
+__device__ __forceinline__ void put(T* to, int64_t at, const Raw<T, W>& x) {
+  if (to) *reinterpret_cast<Raw<T, W>*>(to + at) = x;
+}
+
+// Calls body(at, width, vectors) for this thread's elements: V vectors of W, kMapThreads * W apart, of which those with
+// at + v * kMapThreads * W + W <= size exist; and, at the ragged end, elements one by one (width and vectors 1).
+// Grid: map_grid(m, W * V).
+template <int W, int V, typename F>
+__device__ __forceinline__ void each_tile(int64_t size, F&& body) {
+  using One = std::integral_constant<int, 1>;
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * V * kMapThreads + threadIdx.x) * W;
+  body(at, std::integral_constant<int, W>{}, std::integral_constant<int, V>{});
+  if constexpr (W > 1) {
+    const int64_t whole = size - size % W;
+    if (whole == size || whole < at || (whole - at) % (kMapThreads * W)) return;  // size % W is 0 but in one long sample
+    if (whole - at >= static_cast<int64_t>(V) * kMapThreads * W) return;
+    for (int64_t i = whole; i < size; ++i) body(i, One{}, One{});
+  }
+}
+
+// The epsilon of sample n: its own where there is one.
+template <typename T>
+__device__ __forceinline__ Acc<T> eps_of(double eps, const void* eps_n, int64_t n) {
+  return eps_n ? to_acc(static_cast<const T*>(eps_n)[n]) : static_cast<Acc<T>>(eps);
 }
 }  // namespace fisnet

@@ -1,86 +1,111 @@
 #include "phi_scale.h"
 
 #include "../device/channels.cuh"
+#include "../device/divide.cuh"
 #include "../device/maps.cuh"
+#include "../device/phi.cuh"
 
 namespace fisnet {
 namespace {
-// W neighbouring elements of one sample's activation, and all K maps over them, so `a` is read once.
-template <typename T, int W>
-__device__ __forceinline__ void phi_scale_at(const PhiScaleParams& p, int64_t at) {
+// V vectors of W elements of one sample's activation, and all K maps over them, so `a` is read once. The next map is on its
+// way while one is stored; phi is made anew for every map, which is cheaper than the registers to keep it.
+template <typename T, int W, int V, bool kScaled>
+__device__ __forceinline__ void phi_scale_at(const PhiScaleParams& p, int64_t n, int64_t at) {
   using A = Acc<T>;
-  const T* const g = static_cast<const T*>(p.g);
-  const T* const skip = static_cast<const T*>(p.skip);
-  const T* const rest = static_cast<const T*>(p.rest);
-  T* const s_to = static_cast<T*>(p.s);
-  T* const out_to = static_cast<T*>(p.out);
-
-  A scale[W];
-  if (p.scale) {
-    const A* const from = static_cast<const A*>(p.scale);
+  constexpr int64_t kStep = kMapThreads * W;
+  bool here[V];
+  Raw<T, W> a[V], g[V], skip[V], rest[V];
+  int64_t j = n * p.shape.maps * p.shape.size + at;
+  const auto fetch_map = [&] {
     FISNET_UNROLL
-    for (int i = 0; i < W; ++i) scale[i] = from[channel_of(p.planes, at + i)];
+    for (int v = 0; v < V; ++v) {
+      if (!here[v]) continue;
+      g[v] = fetch<W>(static_cast<const T*>(p.g), j + v * kStep);
+      skip[v] = fetch<W>(static_cast<const T*>(p.skip), j + v * kStep);
+      if constexpr (kScaled) rest[v] = fetch<W>(static_cast<const T*>(p.rest), j + v * kStep);
+    }
+  };
+  FISNET_UNROLL
+  for (int v = 0; v < V; ++v) {
+    here[v] = at + v * kStep + W <= p.shape.size;
+    if (here[v]) a[v] = fetch<W>(static_cast<const T*>(p.a), n * p.shape.size + at + v * kStep);
   }
-  for (int64_t n = blockIdx.y; n < p.shape.samples; n += gridDim.y) {
-    A a[W];
-    load<T, W>(a, static_cast<const T*>(p.a) + n * p.shape.size + at);
-    const A e = p.eps_n ? to_acc(static_cast<const T*>(p.eps_n)[n]) : static_cast<A>(p.eps);
+  fetch_map();
+
+  const A e = eps_of<T>(p.eps, p.eps_n, n);
+  for (int k = 0; k < p.shape.maps; ++k) {
+    Raw<T, W> s[V], out[V];
     FISNET_UNROLL
-    for (int i = 0; i < W; ++i) a[i] = a[i] == A(0) ? A(0) : a[i] / (a[i] + e);  // phi; 0 / 0 is 0
-    for (int k = 0; k < p.shape.maps; ++k) {
-      const int64_t j = (n * p.shape.maps + k) * p.shape.size + at;
-      A s[W];
-      load<T, W>(s, g + j);
-      if (skip) {
-        A more[W];
-        load<T, W>(more, skip + j);
-        FISNET_UNROLL
-        for (int i = 0; i < W; ++i) s[i] += more[i];
+    for (int v = 0; v < V; ++v) {
+      if (!here[v]) continue;
+      A scale[W];
+      if constexpr (kScaled) channel_values<W>(scale, static_cast<const A*>(p.scale), p.planes, at + v * kStep);
+      FISNET_UNROLL
+      for (int i = 0; i < W; ++i) {
+        const A x = phi(gated(a[v][i], e), e) * (g[v][i] + skip[v][i]);
+        s[v].set(i, x);
+        if constexpr (kScaled) out[v].set(i, x * scale[i] + rest[v][i]);
       }
-      FISNET_UNROLL
-      for (int i = 0; i < W; ++i) s[i] *= a[i];
-      if (s_to) store<T, W>(s_to + j, s);
-      if (!out_to) continue;
-      A more[W] = {};
-      if (rest) load<T, W>(more, rest + j);
-      FISNET_UNROLL
-      for (int i = 0; i < W; ++i) s[i] = s[i] * scale[i] + more[i];
-      store<T, W>(out_to + j, s);
+    }
+    const int64_t to = j;
+    j += p.shape.size;
+    if (k + 1 < p.shape.maps) fetch_map();
+    FISNET_UNROLL
+    for (int v = 0; v < V; ++v) {
+      if (!here[v]) continue;
+      put(static_cast<T*>(p.s), to + v * kStep, s[v]);
+      if constexpr (kScaled) put(static_cast<T*>(p.out), to + v * kStep, out[v]);
     }
   }
 }
 
 // s = a / (a + e) . (g + skip);  out = scale . s + rest.
-// A thread owns W elements of every gridDim.y-th sample. Accumulates in float32 (float64 for float64). No shared memory.
-// Deterministic.
-template <typename T, int W>
-__global__ void __launch_bounds__(kMapThreads, 4) phi_scale_kernel(PhiScaleParams p) {
-  each_vector<W>(p.shape.size, [&](int64_t at, auto width) { phi_scale_at<T, decltype(width)::value>(p, at); });
+// A thread owns V vectors of W elements of every gridDim.y-th sample. Accumulates in float32 (float64 for float64). No
+// shared memory. Deterministic.
+template <typename T, int W, int V, bool kScaled>
+__global__ void __launch_bounds__(kMapThreads, V > 1 ? 3 : 4) phi_scale_kernel(PhiScaleParams p) {
+  for (int64_t n = blockIdx.y; n < p.shape.samples; n += gridDim.y) {
+    each_tile<W, V>(p.shape.size, [&](int64_t at, auto width, auto vectors) {
+      phi_scale_at<T, decltype(width)::value, decltype(vectors)::value, kScaled>(p, n, at);
+    });
+  }
 }
 
 // One vector of the adjoint, all K maps: u = scale s_bar / (a + e);  g_bar = a u;  a_bar = sum_k e (s / a) u.
 // The ratios are formed first, so that products of small numbers do not underflow. Adds <s_bar, s> to `dot` with a scale.
-template <typename T, int W>
+// The divisions by one activation are made anew for every map: that is cheaper than the registers to keep them.
+template <typename T, int W, bool kScaled>
 __device__ __forceinline__ void phi_scale_adjoint(const PhiScaleBackwardParams& p, int64_t n, int64_t at, const Acc<T> (&scale)[W], Acc<T> (&dot)[W]) {
   using A = Acc<T>;
-  A a[W], a_bar[W] = {};
-  load<T, W>(a, static_cast<const T*>(p.a) + n * p.shape.size + at);
-  const A e = p.eps_n ? to_acc(static_cast<const T*>(p.eps_n)[n]) : static_cast<A>(p.eps);
+  int64_t j = n * p.shape.maps * p.shape.size + at;
+  const Raw<T, W> a = fetch<W>(static_cast<const T*>(p.a), n * p.shape.size + at);
+  Raw<T, W> s_bar = fetch<W>(static_cast<const T*>(p.s_bar), j), s = fetch<W>(static_cast<const T*>(p.s), j);
+  const A e = eps_of<T>(p.eps, p.eps_n, n);
+  A a_bar[W] = {};
   for (int k = 0; k < p.shape.maps; ++k) {
-    const int64_t j = (n * p.shape.maps + k) * p.shape.size + at;
-    A s_bar[W], s[W];
-    load<T, W>(s_bar, static_cast<const T*>(p.s_bar) + j);
-    if (p.s) load<T, W>(s, static_cast<const T*>(p.s) + j);
+    Raw<T, W> g_bar;
     FISNET_UNROLL
     for (int i = 0; i < W; ++i) {
-      if (p.scale_bar) dot[i] += s_bar[i] * s[i];
-      const A u = a[i] == A(0) ? A(0) : scale[i] * s_bar[i] / (a[i] + e);  // a dead unit passes nothing
-      s_bar[i] = a[i] * u;
-      if (p.a_bar) a_bar[i] += a[i] == A(0) ? A(0) : e * (s[i] / a[i]) * u;
+      if constexpr (kScaled) dot[i] += s_bar[i] * s[i];
+      const A alive = gated(a[i], e);
+      const A u = Divisor<A>(denominator(alive, e))(kScaled ? scale[i] * s_bar[i] : s_bar[i]);
+      g_bar.set(i, alive * u);
+      a_bar[i] += alive == A(0) ? A(0) : e * Divisor<A>(denominator(alive, A(0)))(s[i]) * u;  // a dead unit passes nothing
     }
-    store<T, W>(static_cast<T*>(p.g_bar) + j, s_bar);
+    const int64_t to = j;
+    j += p.shape.size;
+    if (k + 1 < p.shape.maps) {
+      s_bar = fetch<W>(static_cast<const T*>(p.s_bar), j);
+      s = fetch<W>(static_cast<const T*>(p.s), j);
+    }
+    put(static_cast<T*>(p.g_bar), to, g_bar);
   }
-  if (p.a_bar) store<T, W>(static_cast<T*>(p.a_bar) + n * p.shape.size + at, a_bar);
+  if (p.a_bar) {
+    Raw<T, W> total;
+    FISNET_UNROLL
+    for (int i = 0; i < W; ++i) total.set(i, a_bar[i]);
+    put(static_cast<T*>(p.a_bar), n * p.shape.size + at, total);
+  }
 }
 
 // The adjoint without scale: a thread owns W elements of every gridDim.y-th sample. No shared memory. Deterministic.
@@ -88,16 +113,15 @@ template <typename T, int W>
 __global__ void __launch_bounds__(kMapThreads, 4) phi_scale_backward_kernel(PhiScaleBackwardParams p) {
   each_vector<W>(p.shape.size, [&](int64_t at, auto width) {
     constexpr int kWidth = decltype(width)::value;
-    Acc<T> one[kWidth], unused[kWidth];
-    FISNET_UNROLL
-    for (int i = 0; i < kWidth; ++i) one[i] = 1;
-    for (int64_t n = blockIdx.y; n < p.shape.samples; n += gridDim.y) phi_scale_adjoint<T, kWidth>(p, n, at, one, unused);
+    Acc<T> unused[kWidth];
+    for (int64_t n = blockIdx.y; n < p.shape.samples; n += gridDim.y) phi_scale_adjoint<T, kWidth, false>(p, n, at, unused, unused);
   });
 }
 
 // The adjoint with scale: blocks own channels, as in device/channels.cuh, and leave <s_bar, s> a channel in `partial`.
+// Shared memory: one accumulation value an element of the block's vectors, for the reduction. Deterministic.
 template <typename T, int W>
-__global__ void __launch_bounds__(ChannelGrid::kThreads, 2) phi_scale_bn_backward_kernel(PhiScaleBackwardParams p) {
+__global__ void __launch_bounds__(ChannelGrid::kThreads, 3) phi_scale_bn_backward_kernel(PhiScaleBackwardParams p) {
   using A = Acc<T>;
   A dot[1][W] = {};
   const uint32_t pixels = static_cast<uint32_t>(p.shape.size / p.planes.channels);
@@ -106,14 +130,18 @@ __global__ void __launch_bounds__(ChannelGrid::kThreads, 2) phi_scale_bn_backwar
     FISNET_UNROLL
     for (int i = 0; i < W; ++i) scale[i] = static_cast<const A*>(p.scale)[p.planes.inner == 1 ? c + i : c];
     const int64_t n = p.shape.samples == 1 ? 0 : position / pixels;
-    phi_scale_adjoint<T, W>(p, n, offset - n * p.shape.size, scale, dot[0]);
+    phi_scale_adjoint<T, W, true>(p, n, offset - n * p.shape.size, scale, dot[0]);
   });
   if (p.partial) store_channel_partials<1, W>(p.planes, dot, static_cast<A*>(p.partial));
 }
 
 template <typename T, int W>
 int forward(const PhiScaleParams& p, cudaStream_t stream) {
-  return static_cast<int>(launch(phi_scale_kernel<T, W>, map_grid(p.shape, W), dim3(kMapThreads), 0, stream, p));
+  constexpr int kVectors = std::is_same_v<T, double> ? 1 : W > 1 ? 2 : 4;  // loads in flight; with scale there are enough
+  const dim3 block(kMapThreads);
+  constexpr int kScaledVectors = W > 1 ? 1 : kVectors;
+  if (p.scale) return static_cast<int>(launch(phi_scale_kernel<T, W, kScaledVectors, true>, map_grid(p.shape, W * kScaledVectors), block, 0, stream, p));
+  return static_cast<int>(launch(phi_scale_kernel<T, W, kVectors, false>, map_grid(p.shape, W * kVectors), block, 0, stream, p));
 }
 
 template <typename T, int W>
@@ -121,13 +149,11 @@ int backward(const PhiScaleBackwardParams& p, cudaStream_t stream) {
   if (!p.scale) {
     return static_cast<int>(launch(phi_scale_backward_kernel<T, W>, map_grid(p.shape, W), dim3(kMapThreads), 0, stream, p));
   }
-  ChannelGrid g = ChannelGrid::of(p.planes, W);
-  const dim3 grid(static_cast<unsigned>(g.tiles), static_cast<unsigned>(p.slabs));
-  const int error = static_cast<int>(launch(phi_scale_bn_backward_kernel<T, W>, grid, dim3(static_cast<unsigned>(g.x), static_cast<unsigned>(g.y)), 0, stream, p));
+  const ChannelGrid g = ChannelGrid::of(p.planes, W);
+  const dim3 grid(static_cast<unsigned>(g.tiles), static_cast<unsigned>(p.slabs)), block(static_cast<unsigned>(g.x), static_cast<unsigned>(g.y));
+  const int error = static_cast<int>(launch(phi_scale_bn_backward_kernel<T, W>, grid, block, 0, stream, p));
   if (error || !p.scale_bar) return error;
-  using A = Acc<T>;
-  const unsigned blocks = static_cast<unsigned>(ceil_div(p.planes.channels, 256));
-  return static_cast<int>(launch(finish_channel_sums_kernel<A>, dim3(blocks), dim3(256), 0, stream, static_cast<const A*>(p.partial), static_cast<A*>(p.scale_bar), p.slabs, p.planes.channels));
+  return finish_channel_sums<Acc<T>>(p.partial, p.scale_bar, p.slabs, p.planes.channels, stream);
 }
 }  // namespace
 
@@ -136,7 +162,7 @@ int launch_phi_scale(const PhiScaleParams& p, void* stream) {
   const auto st = static_cast<cudaStream_t>(stream);
   return with_type(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool wide = p.shape.vectors(kVec<T>) && (!p.scale || p.planes.vectors(kVec<T>)) && aligned16(p.g, p.a, p.skip, p.rest, p.s, p.out);
+    const bool wide = p.shape.vectors(kVec<T>) && (!p.scale || channel_vectors(p.planes, kVec<T>)) && aligned16(p.g, p.a, p.skip, p.scale, p.rest, p.s, p.out);
     return wide ? forward<T, kVec<T>>(p, st) : forward<T, 1>(p, st);
   });
 }
@@ -153,8 +179,10 @@ int launch_phi_scale_backward(const PhiScaleBackwardParams& p, void* stream) {
 
 FISNET_LAUNCHER(phi_scale, launch_phi_scale);
 FISNET_LAUNCHER(phi_scale_backward, launch_phi_scale_backward);
-FISNET_KERNEL(phi_scale_kernel<float, 4>);
-FISNET_KERNEL(phi_scale_kernel<__nv_bfloat16, 8>);
+FISNET_KERNEL(phi_scale_kernel<float, 4, 2, false>);
+FISNET_KERNEL(phi_scale_kernel<__nv_bfloat16, 8, 2, false>);
+FISNET_KERNEL(phi_scale_kernel<float, 4, 1, true>);
+FISNET_KERNEL(phi_scale_kernel<__nv_bfloat16, 8, 1, true>);
 FISNET_KERNEL(phi_scale_backward_kernel<float, 4>);
 FISNET_KERNEL(phi_scale_backward_kernel<__nv_bfloat16, 8>);
 FISNET_KERNEL(phi_scale_bn_backward_kernel<float, 4>);

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import kernel_for
-from .layout import acc_dtype, dense, vector
+from .layout import acc_dtype, dense, split_eps, vector
 
 
 @kernel_for
@@ -35,13 +35,6 @@ def phi_scale_backward(
         s_bar, s, a, number, eps_n, vector(scale, a), need_a, need_scale
     )
     return g_bar, a_bar.to(dtype_a) if need_a else None, scale_bar.to(scale.dtype) if need_scale else None
-
-
-def split_eps(eps: float | Tensor, a: Tensor) -> tuple[float, Tensor | None]:
-    """``(number, [N] or None)``: an absolute epsilon, or one a sample in the dtype of ``a``."""
-    if isinstance(eps, Tensor):
-        return 0.0, eps.to(a.dtype).reshape(-1)
-    return eps, None
 
 
 @torch.library.register_fake("fisnet::phi_scale")
