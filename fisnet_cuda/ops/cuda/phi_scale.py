@@ -44,8 +44,7 @@ def _(g, a, eps, eps_n, skip, scale, rest, keep_s):
 
 @torch.library.register_fake("fisnet::phi_scale_backward")
 def _(s_bar, s, a, eps, eps_n, scale, need_a, need_scale):
-    return (
-        torch.empty_like(s_bar),
-        torch.empty_like(a) if need_a else a.new_empty(0),
-        a.new_empty(a.shape[1] if need_scale and scale is not None else 0, dtype=acc_dtype(a) if need_scale else a.dtype),
-    )
+    a_bar = torch.empty_like(a) if need_a else a.new_empty(0)
+    with_scale = need_scale and scale is not None
+    scale_bar = a.new_empty(a.shape[1], dtype=acc_dtype(a)) if with_scale else a.new_empty(0)
+    return torch.empty_like(s_bar), a_bar, scale_bar
