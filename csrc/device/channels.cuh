@@ -14,27 +14,44 @@ __device__ __forceinline__ int channel_of(const Planes& p, int64_t at) {
 // Whether `channel_values` can serve vectors of `width` elements.
 inline bool channel_vectors(const Planes& p, int width) { return p.inner == 1 ? p.channels % width == 0 : p.inner >= width; }
 
+// W neighbouring per-channel values from `from`, which sits on a 16-byte boundary when W > 1.
+template <int W, typename A>
+__device__ __forceinline__ void neighbours(A (&out)[W], const A* __restrict__ from) {
+  if constexpr (W == 1) {
+    out[0] = *from;
+  } else {
+    FISNET_UNROLL
+    for (int i = 0; i < W; i += kVec<A>) {
+      const Pack<A> pack = *reinterpret_cast<const Pack<A>*>(from + i);
+      FISNET_UNROLL
+      for (int j = 0; j < kVec<A>; ++j) out[i + j] = pack.part[j];
+    }
+  }
+}
+
 // The per-channel values beside the W elements from `at` of one sample; `values` sits on a 16-byte boundary when W > 1.
 template <int W, typename A>
 __device__ __forceinline__ void channel_values(A (&out)[W], const A* __restrict__ values, const Planes& p, int64_t at) {
   const uint32_t place = static_cast<uint32_t>(at);
   if (p.inner == 1) {
-    const A* const from = values + place % static_cast<uint32_t>(p.channels);
-    if constexpr (W == 1) {
-      out[0] = *from;
-    } else {
-      FISNET_UNROLL
-      for (int i = 0; i < W; i += kVec<A>) {
-        const Pack<A> pack = *reinterpret_cast<const Pack<A>*>(from + i);
-        FISNET_UNROLL
-        for (int j = 0; j < kVec<A>; ++j) out[i + j] = pack.part[j];
-      }
-    }
+    neighbours(out, values + place % static_cast<uint32_t>(p.channels));
   } else {  // one channel, or the end of one and the start of the next
     const uint32_t inner = static_cast<uint32_t>(p.inner), c = place / inner, left = inner - (place - c * inner);
     const A here = values[c], next = values[c + 1 < static_cast<uint32_t>(p.channels) ? c + 1 : c];
     FISNET_UNROLL
     for (int i = 0; i < W; ++i) out[i] = static_cast<uint32_t>(i) < left ? here : next;
+  }
+}
+
+// The same for a vector that `each_of_channel` hands out, which starts in channel c.
+template <int W, typename A>
+__device__ __forceinline__ void values_of_channel(A (&out)[W], const A* __restrict__ values, const Planes& p, int c) {
+  if (p.inner == 1) {
+    neighbours(out, values + c);
+  } else {
+    const A here = values[c];
+    FISNET_UNROLL
+    for (int i = 0; i < W; ++i) out[i] = here;
   }
 }
 

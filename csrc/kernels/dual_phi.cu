@@ -31,9 +31,9 @@ __global__ void __launch_bounds__(kMapThreads, 4) dual_phi_kernel(DualPhiParams 
   });
 }
 
-// u = s_bar / (a + e), u+ = s+_bar / (z+ + e+):  g_bar = a u;  g+_bar = a u+;  z+_bar = -s+ u+;
-// a_bar = e (s / a) u + (s+ / a) s+_bar, 0 where the unit is dead (the ReLU before it cuts that gradient).
-// The ratios are formed first, so that products of small numbers do not underflow.
+// g_bar = a / (a + e) s_bar;  g+_bar = a u+, u+ = s+_bar / (z+ + e+);  z+_bar = -s+ u+;
+// a_bar = e / (a + e) (s / a) s_bar + (s+ / a) s+_bar, 0 where the unit is dead (the ReLU before it cuts that gradient).
+// The ratios are formed first, so that nothing underflows or overflows on the way.
 // A thread owns W elements of every gridDim.y-th sample. Accumulates in float32 (float64 for float64). No shared memory.
 // Deterministic.
 template <typename T, int W>
@@ -50,13 +50,12 @@ __global__ void __launch_bounds__(kMapThreads, 3) dual_phi_backward_kernel(DualP
       Raw<T, kWidth> g_bar, g_plus_bar, a_bar, z_plus_bar;
       FISNET_UNROLL
       for (int i = 0; i < kWidth; ++i) {
-        const A alive = gated(a[i], e), u = Divisor<A>(denominator(alive, e))(s_bar[i]);
-        const A u_plus = Divisor<A>(denominator(z_plus[i], e_plus))(s_plus_bar[i]);
-        const Divisor<A> over_a(denominator(a[i], A(0)));
-        g_bar.set(i, alive * u);
+        const A alive = gated(a[i], e), u_plus = Divisor<A>(denominator(z_plus[i], e_plus))(s_plus_bar[i]);
+        const Divisor<A> over(denominator(alive, e)), over_a(denominator(a[i], A(0)));
+        const A on = a[i] == A(0) ? A(0) : A(1);
+        g_bar.set(i, over(alive) * s_bar[i]);
         g_plus_bar.set(i, a[i] * u_plus);
-        const A by_eps = e == A(0) ? A(0) : e * over_a(s[i]) * u;
-        a_bar.set(i, a[i] == A(0) ? A(0) : by_eps + over_a(s_plus[i]) * s_plus_bar[i]);
+        a_bar.set(i, over(on * e) * over_a(e == A(0) ? A(0) : s[i]) * s_bar[i] + on * over_a(s_plus[i]) * s_plus_bar[i]);
         z_plus_bar.set(i, -s_plus[i] * u_plus);
       }
       put(static_cast<T*>(p.g_bar), j, g_bar);

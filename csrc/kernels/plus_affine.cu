@@ -7,6 +7,7 @@
 namespace fisnet {
 namespace {
 template <typename A> __device__ __forceinline__ A positive(A x) { return x > A(0) ? x : A(0); }
+template <typename A> __device__ __forceinline__ A above(A x) { return x > A(0) ? A(1) : A(0); }
 
 // den = |k| P - |k-| u + c + e, not below e (without u: k+ P + c + e), 1 where that is 0;  s = R / den;
 // plus = k+ s;  minus = |k-| s.
@@ -67,24 +68,22 @@ template <typename T, int W>
 __global__ void __launch_bounds__(ChannelGrid::kThreads, 2) plus_affine_backward_kernel(PlusAffineBackwardParams p) {
   using A = Acc<T>;
   A sum[2][W] = {};
-  const uint32_t pixels = static_cast<uint32_t>(p.shape.size / p.planes.channels);
+  const uint32_t pixels = static_cast<uint32_t>(p.shape.size) / static_cast<uint32_t>(p.planes.channels);  // of one of several samples
   each_of_channel<W>(p.planes, [&](uint32_t position, int64_t offset, int c) {
     const int64_t n = p.shape.samples == 1 ? 0 : position / pixels;
     int64_t j = offset + n * (p.shape.maps - 1) * p.shape.size;
     const Raw<T, W> den = fetch<W>(static_cast<const T*>(p.den), offset), P = fetch<W>(static_cast<const T*>(p.P), offset), u = fetch<W>(static_cast<const T*>(p.u), offset);
     Raw<T, W> plus_bar = fetch<W>(static_cast<const T*>(p.plus_bar), j), minus_bar = fetch<W>(static_cast<const T*>(p.minus_bar), j), s = fetch<W>(static_cast<const T*>(p.s), j);
     A slope[W], z_bar[W] = {};
-    FISNET_UNROLL
-    for (int i = 0; i < W; ++i) slope[i] = static_cast<const A*>(p.k)[p.planes.inner == 1 ? c + i : c];
+    values_of_channel(slope, static_cast<const A*>(p.k), p.planes, c);
     for (int k = 0; k < p.shape.maps; ++k) {
       Raw<T, W> R_bar;
       FISNET_UNROLL
       for (int i = 0; i < W; ++i) {
-        const A bar = slope[i] > A(0) ? plus_bar[i] : slope[i] < A(0) ? -minus_bar[i] : A(0);  // k enters with this sign
-        const A x = Divisor<A>(den[i])(slope[i] * bar);
+        const A x = Divisor<A>(den[i])(positive(slope[i]) * plus_bar[i] + positive(-slope[i]) * minus_bar[i]);
         R_bar.set(i, x);
         z_bar[i] -= s[i] * x;
-        sum[0][i] += bar * s[i];
+        sum[0][i] += (above(slope[i]) * plus_bar[i] - above(-slope[i]) * minus_bar[i]) * s[i];
       }
       const int64_t to = j;
       j += p.shape.size;
@@ -99,7 +98,7 @@ __global__ void __launch_bounds__(ChannelGrid::kThreads, 2) plus_affine_backward
     FISNET_UNROLL
     for (int i = 0; i < W; ++i) {
       const A down = p.u ? positive(-slope[i]) : A(0);
-      sum[0][i] += slope[i] > A(0) ? z_bar[i] * P[i] : down > A(0) ? z_bar[i] * (u[i] - P[i]) : A(0);
+      sum[0][i] += z_bar[i] * (above(slope[i]) * P[i] + above(down) * (u[i] - P[i]));
       sum[1][i] += z_bar[i];
       P_bar.set(i, (positive(slope[i]) + down) * z_bar[i]);
       u_bar.set(i, -down * z_bar[i]);
@@ -135,7 +134,7 @@ int launch_plus_affine_backward(const PlusAffineBackwardParams& p, void* stream)
   return with_type(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const bool wide = p.shape.vectors(kVec<T>) && p.planes.vectors(kVec<T>) &&
-                      aligned16(p.plus_bar, p.minus_bar, p.s, p.den, p.P, p.u, p.R_bar, p.P_bar, p.u_bar);
+                      aligned16(p.plus_bar, p.minus_bar, p.s, p.den, p.P, p.u, p.k, p.R_bar, p.P_bar, p.u_bar);
     return wide ? backward<T, kVec<T>>(p, st) : backward<T, 1>(p, st);
   });
 }

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMapThreads, 4) ratio_kernel(RatioParams p) {
 // A thread owns W elements of every gridDim.y-th sample, and all K maps over them. Accumulates in float32 (float64 for
 // float64). No shared memory. Deterministic.
 template <typename T, int W>
-__global__ void __launch_bounds__(kMapThreads, 4) ratio_backward_kernel(RatioBackwardParams p) {
+__global__ void __launch_bounds__(kMapThreads, 3) ratio_backward_kernel(RatioBackwardParams p) {
   using A = Acc<T>;
   each_vector<W>(p.shape.size, [&](int64_t at, auto width) {
     constexpr int kWidth = decltype(width)::value;

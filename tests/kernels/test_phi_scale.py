@@ -8,6 +8,8 @@ from common import DTYPES, against_reference, channels_last, on, opcheck, repeat
 from helpers import CHECKS, equals_formula, rand, randn
 from test_phi import PHI, phi_case
 
+from fisnet_cuda import ops
+
 EPS = 0.01
 # [N, C, ...]: vectors that end in a channel, cross from one to the next, or cover several; one block and several; ragged ends
 SHAPES = {
@@ -125,8 +127,6 @@ def test_mixed_dtypes(device, mixed):
     widest = torch.promote_types(*mixed)
     assert (out.dtype, s.dtype, g_bar.dtype, a_bar.dtype, scale_bar.dtype) == (widest, widest, widest, a.dtype, scale.dtype)
     g, a, scale = (t.clone().requires_grad_() for t in (g, a, scale))
-    from fisnet_cuda import ops
-
     ops.phi_scale(g, a, EPS, None, scale).sum().backward()
     assert (g.grad.dtype, a.grad.dtype, scale.grad.dtype) == (g.dtype, a.dtype, scale.dtype)
 
@@ -189,6 +189,18 @@ def test_dead_units(device, dtype, eps):
     assert not g_bar[dead].any()
     assert not a_bar[a == 0].any()
     assert all(torch.isfinite(t).all() for t in (out, s, g_bar, a_bar, scale_bar))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sample_that_is_dead(device, dtype):
+    """Its relative epsilon is the smallest normal number: large relevance divided by it must not come near the results."""
+    g, a, _, rest, scale = operands(SHAPES["whole"], 3, dtype, device)
+    a[0] = 0
+    e = ops.relative_epsilon(a, 0.1)
+    results = run("phi_scale", 20 * g, a, e, None, scale)
+    results += run("phi_scale_backward", 20 * rest, results[1], a, e, scale)
+    assert all(torch.isfinite(t).all() for t in results)
+    assert not any(t[: len(t) // 2].any() for t in results[:4])
 
 
 @pytest.mark.parametrize("value", [1e-38, 1e-30, 1e-20, 1e-8, 1.0, 1e8, 1e30])

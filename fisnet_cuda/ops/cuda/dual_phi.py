@@ -10,9 +10,7 @@ from .layout import dense, split_eps
 
 
 @kernel_for
-def dual_phi(
-    g: Tensor, g_plus: Tensor, a: Tensor, z_plus: Tensor, eps: float | Tensor, eps_plus: float
-) -> tuple[Tensor, Tensor]:
+def dual_phi(g: Tensor, g_plus: Tensor, a: Tensor, z_plus: Tensor, eps: float | Tensor, eps_plus: float) -> tuple[Tensor, Tensor]:
     """See `fisnet_cuda.reference.dual_phi`."""
     g, g_plus, a, z_plus = dense(g, g_plus, a, z_plus)
     return torch.ops.fisnet.dual_phi(g, g_plus, a, z_plus, *split_eps(eps, a), eps_plus)

@@ -31,9 +31,7 @@ def phi_scale_backward(
     s, s_bar, a = dense(s, s_bar, a)
     number, eps_n = split_eps(eps, a)
     need_scale = need_scale and scale is not None
-    g_bar, a_bar, scale_bar = torch.ops.fisnet.phi_scale_backward(
-        s_bar, s, a, number, eps_n, vector(scale, a), need_a, need_scale
-    )
+    g_bar, a_bar, scale_bar = torch.ops.fisnet.phi_scale_backward(s_bar, s, a, number, eps_n, vector(scale, a), need_a, need_scale)
     return g_bar, a_bar.to(dtype_a) if need_a else None, scale_bar.to(scale.dtype) if need_scale else None
 
 
