@@ -118,7 +118,7 @@ inline Maps maps_of(const char* op, const char* name, const Tensor& r, const Ten
     STD_TORCH_CHECK(a.size(d) <= 1 || r.stride(d) == a.stride(d), op, ": ", name, " must have the memory layout of the activation");
     expected_first *= a.size(d);
   }
-  STD_TORCH_CHECK(r.size(0) <= 1 || r.stride(0) == expected_first, op, ": ", name, " must be dense");
+  STD_TORCH_CHECK(r.size(0) <= 1 || r.numel() == 0 || r.stride(0) == expected_first, op, ": ", name, " must be dense");
   STD_TORCH_CHECK(expected_first <= std::numeric_limits<int32_t>::max(), op, ": one sample has more than 2^31 - 1 elements");
   return {n, n ? static_cast<int>(r.size(0) / n) : 1, expected_first};
 }

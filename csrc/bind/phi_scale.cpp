@@ -1,11 +1,12 @@
 #include "../kernels/phi_scale.h"
 
-#include "common.h"
+#include "maps.h"
 
 namespace fisnet {
 namespace {
-// One map and one epsilon for all: the batch is one long sample, which needs no alignment of its samples.
-Maps flat(const Maps& m, bool eps_n) { return m.maps == 1 && !eps_n ? Maps{1, 1, m.samples * m.size} : m; }
+// The grid of the adjoint has this many blocks a channel tile at most: all of them at once on the largest GPUs, which hold
+// three on each of 132 processors, so that no second round runs half empty.
+constexpr int kMostSlabs = 384;
 
 std::tuple<Tensor, Tensor> phi_scale(
     const Tensor& g,         // [N*K, C, ...]
@@ -26,8 +27,7 @@ std::tuple<Tensor, Tensor> phi_scale(
   check_same(op, "skip", skip, g);
   check_same(op, "rest", rest, g);
   check_vector(op, "scale", scale, a.size(1), a);
-  if (eps_n.has_value()) check_like(op, "eps", *eps_n, a);
-  STD_TORCH_CHECK(!eps_n.has_value() || (eps_n->numel() == a.size(0) && eps_n->is_contiguous()), op, ": eps must have one value a sample");
+  check_eps(op, eps_n, a);
   STD_TORCH_CHECK(scale.has_value() || !rest.has_value(), op, ": rest needs scale");
 
   Launch run(op, g);
@@ -58,15 +58,14 @@ std::tuple<Tensor, Tensor, Tensor> phi_scale_backward(
   p.eps = eps;
   check_same(op, "s", s, s_bar);
   check_vector(op, "scale", scale, a.size(1), a);
-  if (eps_n.has_value()) check_like(op, "eps", *eps_n, a);
-  STD_TORCH_CHECK(!eps_n.has_value() || (eps_n->numel() == a.size(0) && eps_n->is_contiguous()), op, ": eps must have one value a sample");
+  check_eps(op, eps_n, a);
   need_scale = need_scale && scale.has_value();
 
   Launch run(op, s_bar);
   Tensor g_bar = torch::stable::empty_like(s_bar);
   Tensor a_bar = need_a ? torch::stable::empty_like(a) : nothing(a);
   Tensor scale_bar = need_scale ? acc_vector(a, a.size(1)) : nothing(a);
-  p.slabs = ChannelGrid::of(p.planes, static_cast<int>(16 / a.element_size())).slabs;
+  p.slabs = std::min(kMostSlabs, ChannelGrid::of(p.planes, static_cast<int>(16 / a.element_size())).slabs);
   Tensor partial = need_scale ? acc_vector(a, p.slabs * a.size(1)) : nothing(a);
   if (need_scale && a.numel() == 0) torch::stable::zero_(scale_bar);  // the sum over nothing; no kernel runs
   p.s_bar = run.in(s_bar); p.s = run.in(s); p.a = run.in(a); p.eps_n = run.in(eps_n); p.scale = run.in(scale);

@@ -1,5 +1,6 @@
-// Pointwise passes over relevance beside activations: which elements a thread owns.
+// Pointwise passes over relevance beside activations: which elements a thread owns, and how it fetches them.
 #pragma once
+#include <cstring>
 #include <type_traits>
 
 #include "layout.h"
@@ -23,5 +24,116 @@ __device__ __forceinline__ void each_vector(int64_t size, F&& body) {
   } else if constexpr (W > 1) {
     for (int64_t i = at; i < size; ++i) body(i, std::integral_constant<int, 1>{});
   }
+}
+
+// One 16-byte store; behind a condition, a plain assignment becomes four of 4 bytes.
+__device__ __forceinline__ void store16(uint4* to, const uint4& q) {
+#if defined(FISNET_EMU)
+  *to = q;
+#else
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(q.x), "r"(q.y), "r"(q.z), "r"(q.w) : "memory");
+#endif
+}
+
+// W elements as they lie in memory: one, or 16 bytes of them. Kernels that are bound by memory fetch all their operands before
+// they use any, so that a thread's loads are under way together. That is why the elements stay in whole words until they are
+// asked for: as elements of their own, the compiler would pull them apart, and wait for them, right behind each load.
+template <typename T, int W>
+class Raw {
+ public:
+  __device__ __forceinline__ Acc<T> operator[](int i) const {
+    T x;
+    if constexpr (sizeof(T) == 2) {
+      const uint16_t bits = static_cast<uint16_t>(word_[i / 2] >> (i % 2 * 16));
+      memcpy(static_cast<void*>(&x), &bits, 2);
+    } else if constexpr (sizeof(T) == 4) {
+      memcpy(static_cast<void*>(&x), &word_[i], 4);
+    } else {
+      const uint64_t bits = word_[2 * i] | static_cast<uint64_t>(word_[2 * i + 1]) << 32;
+      memcpy(static_cast<void*>(&x), &bits, 8);
+    }
+    return to_acc(x);
+  }
+  // In the order of i.
+  __device__ __forceinline__ void set(int i, Acc<T> value) {
+    const T x = from_acc<T>(value);
+    if constexpr (sizeof(T) == 2) {
+      uint16_t bits;
+      memcpy(&bits, &x, 2);
+      word_[i / 2] = i % 2 ? word_[i / 2] | static_cast<uint32_t>(bits) << 16 : bits;
+    } else if constexpr (sizeof(T) == 4) {
+      memcpy(&word_[i], &x, 4);
+    } else {
+      uint64_t bits;
+      memcpy(&bits, &x, 8);
+      word_[2 * i] = static_cast<uint32_t>(bits);
+      word_[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
+    }
+  }
+  // From and to from[at], ..., from[at + W - 1]; absent operands read 0, absent results go nowhere.
+  __device__ __forceinline__ void fetch(const T* from, int64_t at) {
+    if (!from) return;
+    if constexpr (W == 1) {
+      set(0, to_acc(from[at]));
+    } else {
+      const uint4 q = *reinterpret_cast<const uint4*>(from + at);
+      word_[0] = q.x; word_[1] = q.y; word_[2] = q.z; word_[3] = q.w;
+    }
+  }
+  __device__ __forceinline__ void put(T* to, int64_t at) const {
+    if (!to) return;
+    if constexpr (W == 1) {
+      to[at] = from_acc<T>((*this)[0]);
+    } else {
+      store16(reinterpret_cast<uint4*>(to + at), make_uint4(word_[0], word_[1], word_[2], word_[3]));
+    }
+  }
+  // Inside a loop: what follows from these elements is worked out again in every round. The compiler would do it once, before
+  // the loop, and spill for want of registers.
+  __device__ __forceinline__ void renew() {
+#if !defined(FISNET_EMU)
+    FISNET_UNROLL
+    for (uint32_t& word : word_) asm volatile("" : "+r"(word));
+#endif
+  }
+
+ private:
+  static_assert(W == 1 || W * sizeof(T) == 16, "one element, or 16 bytes");
+  uint32_t word_[W * sizeof(T) < 4 ? 1 : W * sizeof(T) / 4] = {};
+};
+template <int W, typename T>
+__device__ __forceinline__ Raw<T, W> fetch(const T* from, int64_t at) {
+  Raw<T, W> x;
+  x.fetch(from, at);
+  return x;
+}
+template <typename T, int W>
+__device__ __forceinline__ void put(T* to, int64_t at, const Raw<T, W>& x) { x.put(to, at); }
+
+// Calls body(at, width, vectors) for this thread's elements: V vectors of W, kMapThreads * W apart, where all of them are;
+// else those that are, one by one; and at the ragged end elements one by one. Grid: map_grid(m, W * V).
+template <int W, int V, typename F>
+__device__ __forceinline__ void each_tile(int64_t size, F&& body) {
+  constexpr std::integral_constant<int, 1> kOne{};
+  constexpr std::integral_constant<int, W> kWidth{};
+  constexpr int64_t kStep = kMapThreads * W;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * V * kStep + threadIdx.x * W;
+  if (at + (V - 1) * kStep + W <= size) {
+    body(at, kWidth, std::integral_constant<int, V>{});
+    return;
+  }
+  for (int64_t i = at; i < size && i < at + V * kStep; i += kStep) {
+    if (i + W <= size) {
+      body(i, kWidth, kOne);
+    } else {
+      for (int64_t k = i; k < size; ++k) body(k, kOne, kOne);
+    }
+  }
+}
+
+// The epsilon of sample n: its own where there is one.
+template <typename T>
+__device__ __forceinline__ Acc<T> eps_of(double eps, const void* eps_n, int64_t n) {
+  return eps_n ? to_acc(static_cast<const T*>(eps_n)[n]) : static_cast<Acc<T>>(eps);
 }
 }  // namespace fisnet

@@ -54,7 +54,7 @@ def phi_case(shape, maps, eps, skip, scale, rest=False):
     # for gradcheck the relative epsilon must stay what it is: it is a constant of the backward
     fixed = ops.relative_epsilon(inputs["a"], 0.1)
     name = f"{shape}-K{maps}-{eps}{'-skip' * skip}{'-scale' * scale}{'-rest' * rest}"
-    return Case(name, call(ops.phi_scale, lambda a: fixed.to(a.dtype)), call(phi, lambda a: fixed.to(a.dtype)), inputs)
+    return Case(name, call(ops.phi_scale, lambda a: fixed.to(a)), call(phi, lambda a: fixed.to(a)), inputs)
 
 
 PHI = [
@@ -178,7 +178,7 @@ def dual_case(which, eps, size=(3, 2, 3)):
 
     def call(fn):
         def run(*t):
-            s, s_plus = fn(*t, e.to(t[0].dtype) if eps == "relative" else e, 0.02)
+            s, s_plus = fn(*t, e.to(t[0]) if eps == "relative" else e, 0.02)
             return torch.stack([s, s_plus]) if which == "both" else s if which == "s" else s_plus
 
         return run
@@ -236,7 +236,7 @@ def plain_cases():
 
     def pair(name, R, z, e, *nonneg):
         def of(v):
-            return e.to(v.dtype) if isinstance(e, torch.Tensor) else e
+            return e.to(v) if isinstance(e, torch.Tensor) else e
 
         return Case(name, lambda r, v: ops.stabilised_ratio(r, v, of(v), *nonneg), lambda r, v: ratio(r, v, of(v)),
                     {"R": R, "z": z})  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -22,26 +24,35 @@ def is_channels_last(t: Tensor) -> bool:
 def dense(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor | None]:
     """The tensors ``[*, C, ...]`` in one dtype (the widest of theirs unless given) and in one layout.
 
-    The layout is channels_last where the first tensor is, else contiguous. Tensors that fit come back as they are.
+    The layout is channels_last where the first tensor is, else contiguous; a tensor that is both (one channel, or one
+    pixel) leaves it to the next. Tensors that fit come back as they are.
     """
     given = [t for t in tensors if t is not None]
     if dtype is None:
-        dtype = given[0].dtype
-        for t in given[1:]:
-            dtype = torch.promote_types(dtype, t.dtype)
-    last = next((is_channels_last(t) for t in given if not t.is_contiguous() or t.dim() not in _CHANNELS_LAST), False)
+        dtype = functools.reduce(torch.promote_types, {t.dtype for t in given})
+    last = next((is_channels_last(t) for t in given if not _either(t)), False)
     return [None if t is None else _fit(t.to(dtype), last) for t in tensors]
 
 
+def _either(t: Tensor) -> bool:
+    """Whether ``t`` is contiguous and channels_last at once."""
+    return t.dim() in _CHANNELS_LAST and t.is_contiguous() and t.is_contiguous(memory_format=_CHANNELS_LAST[t.dim()])
+
+
 def _fit(t: Tensor, channels_last: bool) -> Tensor:
-    if not channels_last:
-        return t.contiguous()
-    return t.contiguous(memory_format=_CHANNELS_LAST[t.dim()])
+    return t.contiguous(memory_format=_CHANNELS_LAST[t.dim()]) if channels_last else t.contiguous()
 
 
 def vector(v: Tensor | None, like: Tensor) -> Tensor | None:
     """A per-channel vector as kernels take it: accumulation dtype, contiguous."""
     return None if v is None else v.to(acc_dtype(like)).contiguous()
+
+
+def split_eps(eps: float | Tensor, a: Tensor) -> tuple[float, Tensor | None]:
+    """``(number, [N] or None)``: an absolute epsilon, or one a sample in the dtype of ``a``."""
+    if isinstance(eps, Tensor):
+        return 0.0, eps.to(a.dtype).reshape(-1).contiguous()
+    return eps, None
 
 
 def or_none(t: Tensor) -> Tensor | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import kernel_for
-from .layout import acc_dtype, dense, vector
+from .layout import acc_dtype, dense, split_eps, vector
 
 
 @kernel_for
@@ -31,17 +31,8 @@ def phi_scale_backward(
     s, s_bar, a = dense(s, s_bar, a)
     number, eps_n = split_eps(eps, a)
     need_scale = need_scale and scale is not None
-    g_bar, a_bar, scale_bar = torch.ops.fisnet.phi_scale_backward(
-        s_bar, s, a, number, eps_n, vector(scale, a), need_a, need_scale
-    )
+    g_bar, a_bar, scale_bar = torch.ops.fisnet.phi_scale_backward(s_bar, s, a, number, eps_n, vector(scale, a), need_a, need_scale)
     return g_bar, a_bar.to(dtype_a) if need_a else None, scale_bar.to(scale.dtype) if need_scale else None
-
-
-def split_eps(eps: float | Tensor, a: Tensor) -> tuple[float, Tensor | None]:
-    """``(number, [N] or None)``: an absolute epsilon, or one a sample in the dtype of ``a``."""
-    if isinstance(eps, Tensor):
-        return 0.0, eps.to(a.dtype).reshape(-1)
-    return eps, None
 
 
 @torch.library.register_fake("fisnet::phi_scale")
@@ -51,8 +42,7 @@ def _(g, a, eps, eps_n, skip, scale, rest, keep_s):
 
 @torch.library.register_fake("fisnet::phi_scale_backward")
 def _(s_bar, s, a, eps, eps_n, scale, need_a, need_scale):
-    return (
-        torch.empty_like(s_bar),
-        torch.empty_like(a) if need_a else a.new_empty(0),
-        a.new_empty(a.shape[1] if need_scale and scale is not None else 0, dtype=acc_dtype(a) if need_scale else a.dtype),
-    )
+    a_bar = torch.empty_like(a) if need_a else a.new_empty(0)
+    with_scale = need_scale and scale is not None
+    scale_bar = a.new_empty(a.shape[1], dtype=acc_dtype(a)) if with_scale else a.new_empty(0)
+    return torch.empty_like(s_bar), a_bar, scale_bar
