@@ -48,7 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> phi_scale_backward(
     const OptTensor& eps_n,  // [N]
     const OptTensor& scale,  // [C]
     bool need_a,
-    bool need_scale) {       // -> g_bar [N*K, C, ...], a_bar [N, C, ...] or [0], scale_bar [C] or [0]
+    bool need_scale,
+    const OptTensor& join) {  // [N*K, C, ...] -> g_bar [N*K, C, ...], a_bar [N, C, ...] or [0], scale_bar [C] or [0]
   const char* op = "phi_scale_backward";
   PhiScaleBackwardParams p{};
   p.dtype = dtype_of(a, op);
@@ -57,6 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> phi_scale_backward(
   p.shape = flat(p.shape, eps_n.has_value());
   p.eps = eps;
   check_same(op, "s", s, s_bar);
+  check_same(op, "join", join, s_bar);
   check_vector(op, "scale", scale, a.size(1), a);
   check_eps(op, eps_n, a);
   need_scale = need_scale && scale.has_value();
@@ -68,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> phi_scale_backward(
   p.slabs = std::min(kMostSlabs, ChannelGrid::of(p.planes, static_cast<int>(16 / a.element_size())).slabs);
   Tensor partial = need_scale ? acc_vector(a, p.slabs * a.size(1)) : nothing(a);
   if (need_scale && a.numel() == 0) torch::stable::zero_(scale_bar);  // the sum over nothing; no kernel runs
-  p.s_bar = run.in(s_bar); p.s = run.in(s); p.a = run.in(a); p.eps_n = run.in(eps_n); p.scale = run.in(scale);
+  p.s_bar = run.in(s_bar); p.join = run.in(join); p.s = run.in(s); p.a = run.in(a); p.eps_n = run.in(eps_n); p.scale = run.in(scale);
   p.g_bar = run.out(g_bar); p.a_bar = run.out(a_bar); p.partial = run.out(partial);
   if (a.numel() != 0) p.scale_bar = run.out(scale_bar);
   run.done(launch_phi_scale_backward(p, run.stream()));
@@ -80,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> phi_scale_backward(
 #if !defined(FISNET_EMU)
 STABLE_TORCH_LIBRARY_FRAGMENT(fisnet, m) {
   m.def("phi_scale(Tensor g, Tensor a, float eps, Tensor? eps_n, Tensor? skip, Tensor? scale, Tensor? rest, bool keep_s) -> (Tensor, Tensor)");
-  m.def("phi_scale_backward(Tensor s_bar, Tensor s, Tensor a, float eps, Tensor? eps_n, Tensor? scale, bool need_a, bool need_scale) -> (Tensor, Tensor, Tensor)");
+  m.def("phi_scale_backward(Tensor s_bar, Tensor s, Tensor a, float eps, Tensor? eps_n, Tensor? scale, bool need_a, bool need_scale, Tensor? join=None) -> (Tensor, Tensor, Tensor)");
 }
 #endif
 STABLE_TORCH_LIBRARY_IMPL(fisnet, FISNET_KEY, m) {

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kMapThreads, V > 1 ? 3 : 4) phi_scale_kernel(P
   }
 }
 
-// One vector of the adjoint, all K maps: g_bar = a / (a + e) scale s_bar;  a_bar = sum_k e / (a + e) (s / a) scale s_bar.
+// One vector of the adjoint, all K maps, with s_bar + join for s_bar: g_bar = a / (a + e) scale s_bar;  a_bar = sum_k e / (a + e) (s / a) scale s_bar.
 // The ratios are formed first, so that nothing underflows or overflows on the way. Adds <s_bar, s> to `dot` with a scale.
 // The divisions by one activation are made anew for every map: that is cheaper than the registers to keep them.
 // `at` is its place in the activations, `j` that in the first map.
@@ -73,7 +73,8 @@ template <typename T, int W, bool kScaled, bool kOneMap>
 __device__ __forceinline__ void phi_scale_adjoint(const PhiScaleBackwardParams& p, Acc<T> e, int64_t at, int64_t j, const Acc<T> (&scale)[W], Acc<T> (&dot)[W]) {
   using A = Acc<T>;
   Raw<T, W> a = fetch<W>(static_cast<const T*>(p.a), at);
-  Raw<T, W> s_bar = fetch<W>(static_cast<const T*>(p.s_bar), j), s = fetch<W>(static_cast<const T*>(p.s), j);
+  Raw<T, W> s_bar = fetch<W>(static_cast<const T*>(p.s_bar), j), join = fetch<W>(static_cast<const T*>(p.join), j);
+  Raw<T, W> s = fetch<W>(static_cast<const T*>(p.s), j);
   A a_bar[W] = {};
   const int maps = kOneMap ? 1 : p.shape.maps;
   for (int k = 0; k < maps; ++k) {
@@ -81,8 +82,9 @@ __device__ __forceinline__ void phi_scale_adjoint(const PhiScaleBackwardParams& 
     a.renew();
     FISNET_UNROLL
     for (int i = 0; i < W; ++i) {
-      if constexpr (kScaled) dot[i] += s_bar[i] * s[i];
-      const A alive = gated(a[i], e), bar = kScaled ? scale[i] * s_bar[i] : s_bar[i];
+      const A given = s_bar[i] + join[i];
+      if constexpr (kScaled) dot[i] += given * s[i];
+      const A alive = gated(a[i], e), bar = kScaled ? scale[i] * given : given;
       const Divisor<A> over(denominator(alive, e));
       g_bar.set(i, over(alive) * bar);
       a_bar[i] += over(alive == A(0) ? A(0) : e) * Divisor<A>(denominator(alive, A(0)))(s[i]) * bar;  // dead: nothing
@@ -90,6 +92,7 @@ __device__ __forceinline__ void phi_scale_adjoint(const PhiScaleBackwardParams& 
     j += p.shape.size;
     if (k + 1 < maps) {
       s_bar = fetch<W>(static_cast<const T*>(p.s_bar), j);
+      join = fetch<W>(static_cast<const T*>(p.join), j);
       s = fetch<W>(static_cast<const T*>(p.s), j);
     }
     put(static_cast<T*>(p.g_bar), j - p.shape.size, g_bar);
@@ -170,7 +173,7 @@ int launch_phi_scale_backward(const PhiScaleBackwardParams& p, void* stream) {
   const auto st = static_cast<cudaStream_t>(stream);
   return with_type(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool wide = p.shape.vectors(kVec<T>) && (!p.scale || p.planes.vectors(kVec<T>)) && aligned16(p.s_bar, p.s, p.a, p.scale, p.g_bar, p.a_bar);
+    const bool wide = p.shape.vectors(kVec<T>) && (!p.scale || p.planes.vectors(kVec<T>)) && aligned16(p.s_bar, p.join, p.s, p.a, p.scale, p.g_bar, p.a_bar);
     return wide ? backward<T, kVec<T>>(p, st) : backward<T, 1>(p, st);
   });
 }

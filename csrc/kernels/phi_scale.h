@@ -33,6 +33,7 @@ struct PhiScaleBackwardParams {
   double eps;           // absolute epsilon; used when eps_n is null
   const void* eps_n;    // [samples] relative epsilon, or null
   const void* s_bar;    // [samples, maps, size]; the adjoint of out when scale is given
+  const void* join;     // [samples, maps, size] or null: what a second consumer gave, added to s_bar
   const void* s;        // [samples, maps, size]; null when neither a_bar nor scale_bar is wanted
   const void* a;        // [samples, size]
   const void* scale;    // [channels] accumulation type, or null
@@ -45,7 +46,7 @@ struct PhiScaleBackwardParams {
   template <class F> void each(F&& f) {
     f(field("dtype", dtype)); f(field("outer", planes.outer)); f(field("channels", planes.channels)); f(field("inner", planes.inner));
     f(field("samples", shape.samples)); f(field("maps", shape.maps)); f(field("size", shape.size));
-    f(field("eps", eps)); f(field("eps_n", eps_n)); f(field("s_bar", s_bar)); f(field("s", s)); f(field("a", a));
+    f(field("eps", eps)); f(field("eps_n", eps_n)); f(field("s_bar", s_bar)); f(field("join", join)); f(field("s", s)); f(field("a", a));
     f(field("scale", scale)); f(field("g_bar", g_bar)); f(field("a_bar", a_bar)); f(field("slabs", slabs));
     f(field("partial", partial)); f(field("scale_bar", scale_bar));
   }

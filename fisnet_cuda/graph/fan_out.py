@@ -1,7 +1,7 @@
-"""One output per consumer: where several instructions read an activation, each reads an alias of its own.
+"""One output per consumer: where several instructions read a map, each reads an alias of its own.
 
-The Function that made the activation then receives the gradients of its consumers apart, and one kernel joins them while it
-applies ReLU' and BN' (no accumulation passes). The instructions ask for aliases on every backend; the reference gives the same
+The Function that made the map then receives the gradients of its consumers apart, and one kernel joins them while it applies
+ReLU' and BN', or the adjoint of phi (no accumulation passes). The instructions ask for aliases on every backend; the reference gives the same
 tensor each time, which is free and lets autograd add the gradients as ever.
 """
 
@@ -12,8 +12,9 @@ from typing import Any
 
 from .ir import Instr, Slot
 
-JOINS = ("bn_act",)  # kernels whose ops give aliases, ``copies=``, behind their other results
-MOST = 4  # gradients that one kernel joins; further consumers share the value's own slot
+# Kernels whose ops give aliases, ``copies=``, behind their other results -> how many gradients one kernel joins; further
+# consumers share the value's own slot.
+JOINS = {"bn_act": 4, "phi_scale": 2}
 _LOOKS = ("size", "shape", "host", "relative_epsilon")  # read no more than a shape, or a constant: no gradient comes back
 
 
@@ -39,7 +40,7 @@ def fan_out(
             continue
         value = instr.outs[0]
         reads = [at for at in range(position + 1, len(instrs)) for _ in range(_count(instrs[at], value))]
-        aliases = min(len(reads) + (value in protected), MOST) - 1
+        aliases = min(len(reads) + (value in protected), JOINS[instr.kernel]) - 1
         if aliases < 1:
             continue
         own = list(range(slots, slots + aliases))

@@ -15,22 +15,31 @@ from .._backend import kernel
 
 class _PhiScale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, g, a, eps, skip, scale, rest, backend):
+    def forward(ctx, g, a, eps, skip, scale, rest, copies, backend):
         out, s = kernel("phi_scale", backend, g)(g, a, eps, skip, scale, rest)
         relative = isinstance(eps, Tensor)
         ctx.save_for_backward(s, a, scale, eps if relative else None)
         ctx.eps = None if relative else eps
         ctx.has_skip, ctx.has_rest, ctx.backend = skip is not None, rest is not None, backend
-        return out
+        ctx.set_materialize_grads(False)  # a consumer without a gradient costs nothing
+        return out if copies == 1 else (out, *(out.detach() for _ in range(copies - 1)))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, s_bar):
+    def backward(ctx, *s_bars):
         s, a, scale, eps = ctx.saved_tensors
+        given = [s_bar for s_bar in s_bars if s_bar is not None]
+        if not given:
+            return (None,) * 8
+        s_bar, join = given[0], None
+        if len(given) > 1:
+            join = given[1] if len(given) == 2 else sum(given[2:], given[1])
+        if ctx.has_rest and join is not None:  # rest's gradient is the whole of it
+            s_bar, join = s_bar + join, None
         g_bar, a_bar, scale_bar = kernel("phi_scale_backward", ctx.backend, s)(
-            s_bar, s, a, ctx.eps if eps is None else eps, scale, ctx.needs_input_grad[1], ctx.needs_input_grad[4]
+            s_bar, s, a, ctx.eps if eps is None else eps, scale, ctx.needs_input_grad[1], ctx.needs_input_grad[4], join
         )
-        return g_bar, a_bar, None, g_bar if ctx.has_skip else None, scale_bar, s_bar if ctx.has_rest else None, None
+        return g_bar, a_bar, None, g_bar if ctx.has_skip else None, scale_bar, s_bar if ctx.has_rest else None, None, None
 
 
 def phi_scale(
@@ -41,8 +50,9 @@ def phi_scale(
     scale: Tensor | None = None,  # [C]
     rest: Tensor | None = None,  # [N*K, C, ...]
     *,
+    copies: int = 1,
     backend: str = "auto",
-) -> Tensor:  # [N*K, C, ...]
+) -> Tensor | tuple[Tensor, ...]:  # [N*K, C, ...]
     """LRP-epsilon through a ReLU in gradient form: ``s = phi(a) . (g + skip)``, ``phi(a) = a / (a + e)``.
 
     With ``scale`` and ``rest`` also through the BatchNorm before it: ``scale . s + rest``.
@@ -59,13 +69,16 @@ def phi_scale(
         scale: a per-channel factor ``[C]`` (a BatchNorm before the ReLU). Gets a gradient.
         rest: what other consumers give the BatchNorm's input (in a dense block), shaped as ``g``; needs ``scale``. Gets a
             gradient.
+        copies: how many consumers the result will have; each may get an output of its own (on a GPU one kernel then joins
+            their gradients in the backward; elsewhere it is the same tensor).
         backend: "auto", "reference" or "cuda".
 
     Returns:
-        Relevance per unit of pre-activation, shaped and laid out as ``g``.
+        Relevance per unit of pre-activation, shaped and laid out as ``g``; with ``copies`` > 1 a tuple of that many times
+        the same memory: do not change it in place.
 
     Raises:
-        ValueError: ``g`` is not ``[N*K, ...]`` over the shape of ``a``.
+        ValueError: ``g`` is not ``[N*K, ...]`` over the shape of ``a``; fewer than one copy.
 
     Example:
         >>> import torch
@@ -76,9 +89,16 @@ def phi_scale(
     eps = _number(eps)
     if scale is None and rest is not None:
         raise ValueError("rest is added behind scale: pass scale too, or add it yourself")
-    if not torch.is_grad_enabled():
-        return kernel("phi_scale", backend, g)(g, a, eps, skip, scale, rest, keep_s=False)[0]
-    return _PhiScale.apply(g, a, eps, skip, scale, rest, backend)
+    if copies < 1:
+        raise ValueError(f"copies must be at least 1 (the result itself), got {copies}")
+    run = kernel("phi_scale", backend, g)
+    if torch.is_grad_enabled() and run is not reference.phi_scale:
+        return _PhiScale.apply(g, a, eps, skip, scale, rest, copies, backend)
+    if torch.is_grad_enabled():
+        out = _PhiScale.apply(g, a, eps, skip, scale, rest, 1, backend)
+    else:
+        out = run(g, a, eps, skip, scale, rest, keep_s=False)[0]
+    return out if copies == 1 else (out,) * copies  # autograd adds the gradients as cheaply
 
 
 class _DualPhi(torch.autograd.Function):

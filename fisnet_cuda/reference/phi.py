@@ -129,13 +129,18 @@ def phi_scale_backward(
     scale: Tensor | None = None,  # [C]
     need_a: bool = True,
     need_scale: bool = True,
+    join: Tensor | None = None,  # [N*K, C, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # ([N*K, C, ...], [N, C, ...], [C])
     """``g_bar = phi(a) s_bar`` (skip's gradient too), ``a_bar = e (s/a) (s_bar/(a + e))``, ``scale_bar``.
+
+    ``join`` is what a second consumer gave, added to ``s_bar``.
 
     The ratios are formed first, so that products of small numbers do not underflow; a dead unit (a = 0) has s = 0 and
     gets a_bar = 0, which the ReLU before it would make of any value.
     """
     scale_bar = None
+    if join is not None:
+        s_bar = s_bar + join
     if scale is not None:
         if need_scale:
             scale_bar = channel_dot(s_bar, s)

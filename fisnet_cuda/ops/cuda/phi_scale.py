@@ -24,14 +24,16 @@ def phi_scale(
 @kernel_for
 def phi_scale_backward(
     s_bar: Tensor, s: Tensor, a: Tensor, eps: float | Tensor, scale: Tensor | None = None, need_a: bool = True,
-    need_scale: bool = True,
+    need_scale: bool = True, join: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See `fisnet_cuda.reference.phi_scale_backward`."""
     dtype_a = a.dtype
-    s, s_bar, a = dense(s, s_bar, a)
+    s, s_bar, a, join = dense(s, s_bar, a, join)
     number, eps_n = split_eps(eps, a)
     need_scale = need_scale and scale is not None
-    g_bar, a_bar, scale_bar = torch.ops.fisnet.phi_scale_backward(s_bar, s, a, number, eps_n, vector(scale, a), need_a, need_scale)
+    g_bar, a_bar, scale_bar = torch.ops.fisnet.phi_scale_backward(
+        s_bar, s, a, number, eps_n, vector(scale, a), need_a, need_scale, join
+    )
     return g_bar, a_bar.to(dtype_a) if need_a else None, scale_bar.to(scale.dtype) if need_scale else None
 
 
@@ -41,7 +43,7 @@ def _(g, a, eps, eps_n, skip, scale, rest, keep_s):
 
 
 @torch.library.register_fake("fisnet::phi_scale_backward")
-def _(s_bar, s, a, eps, eps_n, scale, need_a, need_scale):
+def _(s_bar, s, a, eps, eps_n, scale, need_a, need_scale, join=None):
     a_bar = torch.empty_like(a) if need_a else a.new_empty(0)
     with_scale = need_scale and scale is not None
     scale_bar = a.new_empty(a.shape[1], dtype=acc_dtype(a)) if with_scale else a.new_empty(0)
