@@ -81,6 +81,15 @@ def unaligned(t: Tensor) -> Tensor:
     return torch.as_strided(offset, t.size(), t.stride(), 1).copy_(t)
 
 
+def same(got: Tensor, want: Tensor) -> bool:
+    """Bit by bit in the emulator. On a GPU the compiler may fuse other products and sums in a kernel for single elements than
+    in that for vectors: one rounding apart."""
+    if got.device.type == "cpu":
+        return torch.equal(got, want)
+    unit = torch.finfo(got.dtype).eps
+    return torch.allclose(got, want, rtol=2 * unit, atol=unit * want.abs().max().item())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Repeats, schedules, operators
 

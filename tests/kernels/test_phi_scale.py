@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from common import DTYPES, against_reference, channels_last, on, opcheck, repeats, run, unaligned
+from common import DTYPES, against_reference, channels_last, on, opcheck, repeats, run, same, unaligned
 from helpers import CHECKS, equals_formula, rand, randn
 from test_phi import PHI, phi_case
 
@@ -112,9 +112,9 @@ def test_a_result_depends_on_its_own_operands_only(device, dtype):
             return run("phi_scale", tensors[0], tensors[1], EPS, **{k: tensors[i] for k, i in names.items()})[0]
 
         want = call(together)
-        assert torch.equal(call([unaligned(t) for t in together]), want)
-        assert torch.equal(call([channels_last(t) for t in together]), want)
-        assert torch.equal(call([t[:3] if i != 1 else t[:1] for i, t in enumerate(together[:4])] + together[4:]), want[:3])
+        assert same(call([unaligned(t) for t in together]), want)
+        assert same(call([channels_last(t) for t in together]), want)
+        assert same(call([t[:3] if i != 1 else t[:1] for i, t in enumerate(together[:4])] + together[4:]), want[:3])
 
 
 @pytest.mark.parametrize("mixed", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float64)])
@@ -138,13 +138,13 @@ def test_layouts_that_differ(device):
     assert run("phi_scale", g, channels_last(a), EPS, skip, scale, channels_last(rest))[0].is_contiguous()
     last = run("phi_scale", channels_last(g), a, EPS, skip, scale, rest)[0]
     assert last.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(last, want)
+    assert same(last, want)
     wide = g.new_full((*g.shape[:-1], 2 * g.shape[-1]), torch.nan)
     wide[..., ::2] = g
-    assert torch.equal(run("phi_scale", wide[..., ::2], a, EPS, skip, scale, rest)[0], want)
+    assert same(run("phi_scale", wide[..., ::2], a, EPS, skip, scale, rest)[0], want)
     one = torch.ones((), device=device).expand(g.shape)
     for x, y in zip(run("phi_scale_backward", one, want, a, EPS, scale), run("phi_scale_backward", one.clone(), want, a, EPS, scale)):
-        assert torch.equal(x, y)
+        assert same(x, y)
 
 
 def test_absent_results(device):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from common import CHANNELS_LAST, DTYPES, against_reference, channels_last, on, opcheck, repeats, run, unaligned
+from common import CHANNELS_LAST, DTYPES, against_reference, channels_last, on, opcheck, repeats, run, same, unaligned
 from helpers import CHECKS, Case, rand, randn
 
 from fisnet_cuda.ops import rules
@@ -96,11 +96,11 @@ def test_unaligned(device, dtype):
     want = forward_and_backward(*aligned)
     for i in (*range(len(aligned)), None):
         got = forward_and_backward(*[unaligned(t) if i in (j, None) else t for j, t in enumerate(aligned)])
-        assert all(torch.equal(x, y) for x, y in zip(got[:7], want[:7]))
+        assert all(same(x, y) for x, y in zip(got[:7], want[:7]))
         for x, y in zip(got[7:], want[7:]):  # sums over other orders
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
     got = forward_and_backward(*map(CONTIGUOUS, aligned))
-    assert all(torch.equal(x, y) for x, y in zip(got[:7], want[:7]))
+    assert all(same(x, y) for x, y in zip(got[:7], want[:7]))
 
 
 def test_one_adjoint_is_absent(device):
@@ -141,7 +141,7 @@ def test_mixed_dtypes_and_layouts(device):
     *_, k_bar, c_bar = run("plus_affine_backward", plus_bar, minus_bar, s, den, P, u, k.float())
     assert k_bar.dtype == c_bar.dtype == torch.float32
     last = run("plus_affine", channels_last(R), P, u, k.float(), c.float(), EPS)
-    assert all(torch.equal(x, y) for x, y in zip(last, (plus, minus, s, den)))
+    assert all(same(x, y) for x, y in zip(last, (plus, minus, s, den)))
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in last)
     assert run("plus_affine", R.float(), P, u, k, c, EPS)[0].dtype == torch.float32
 
