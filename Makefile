@@ -74,8 +74,9 @@ bench: $(call READY,bench) build
 # In place, so that an edit compiles only what it touches. Without a toolkit this says so, and the reference runs.
 build: $(call READY,build)
 	@echo "Building the CUDA kernels: what has changed of them, all of them the first time (minutes)"
-	@$(PY) setup.py --quiet build_ext --inplace >build.log 2>&1 && { grep '^fisnet_cuda:' build.log; rm build.log; } \
-	  || { cat build.log; rm build.log; exit 1; }
+	@mkdir -p build
+	@$(PY) setup.py --quiet build_ext --inplace >build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
+	@grep '^fisnet_cuda:' build/log.txt || true
 
 # With PYTHON= nothing is fetched: what is missing there comes from build/gpu_wheels.
 gpu: $(if $(strip $(PYTHON)),,$(VENV)/.ready-test)
@@ -89,7 +90,7 @@ lint: $(call READY,test)
 
 clean:
 	rm -rf .venv build dist demo_out .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info
-	rm -f fisnet_cuda/_C*.so fisnet_cuda/_build_note.txt build.log
+	rm -f fisnet_cuda/_C*.so fisnet_cuda/_build_note.txt
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # ---- An environment of our own -------------------------------------------------------------------------------------
@@ -115,6 +116,7 @@ $(VENV)/.ready-build: $(VENV)/.ready-torch pyproject.toml setup.py
 	@echo "Installing fisnet_cuda"
 	@$(PIP) install --quiet -c constraints.txt $(PIP_ARGS) $(BUILD_NEEDS)
 	@FISNET_CUDA_BUILD=0 $(PIP) install --quiet -c constraints.txt $(PIP_ARGS) --no-build-isolation -e .
+	@rm -f fisnet_cuda/_build_note.txt
 	@touch $@
 
 $(VENV)/.ready-demo $(VENV)/.ready-bench: $(VENV)/.ready-%: $(VENV)/.ready-build

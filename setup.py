@@ -13,7 +13,9 @@ Nothing is downloaded here.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,7 +58,7 @@ def find_toolkit():
     )
 
 
-def import_cpp_extension():
+def import_cpp_extension(toolkit):
     try:
         import torch
         from torch.utils import cpp_extension
@@ -66,6 +68,13 @@ def import_cpp_extension():
         ) from error
     if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 11):
         raise CannotBuildError(f"the kernels need torch 2.11 or newer, and it was built beside torch {torch.__version__}")
+    said = subprocess.run([f"{toolkit}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    found, wanted = re.search(r"release (\d+)", said), (torch.version.cuda or "").partition(".")[0]
+    if found and wanted and found[1] != wanted:
+        raise CannotBuildError(
+            f"it was built beside a torch for CUDA {torch.version.cuda} with a toolkit of CUDA {found[1]}: "
+            f"set CUDA_HOME to a toolkit of CUDA {wanted}"
+        )
     return cpp_extension
 
 
@@ -96,7 +105,7 @@ def extension():
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         raise CannotBuildError(f"no C++ compiler ({compiler}) was found when it was built: install g++ or set CXX")
-    cpp_extension = import_cpp_extension()
+    cpp_extension = import_cpp_extension(toolkit)
 
     cpp_extension.CUDA_HOME = toolkit  # None beside a CPU build of torch, which builds the kernels just as well
     archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX").replace(" ", ";")

@@ -98,11 +98,12 @@ def test_every_kernel_of_the_library_was_looked_at(code):
 
 
 def test_every_kernel_is_in_the_build_information():
-    """FISNET_KERNEL(...) names at least one instantiation of every kernel of a kernel file."""
+    """FISNET_KERNEL(...) names at least one instantiation of every kernel of a kernel file, small helpers (exempt above) aside."""
     for path in tools.sources():
         text = path.read_text()
         listed = set(re.findall(r"^\s*FISNET_KERNEL\(\(?(\w+)", text, re.MULTILINE))
-        assert {d.name for d in tools.declared(path)} <= listed, f"{path.name}: FISNET_KERNEL is missing"
+        wanted = {d.name for d in tools.declared(path) if not (d.no_loads and d.no_stores)}
+        assert wanted <= listed, f"{path.name}: FISNET_KERNEL is missing for {sorted(wanted - listed)}"
 
 
 # ---- the gates can refuse ------------------------------------------------------------------------------------------------

@@ -308,6 +308,16 @@ def test_a_build_that_cannot_have_kernels(tree, tmp_path, why):
     assert "Traceback" not in done.stderr
 
 
+@needs_nvcc
+def test_a_toolkit_of_another_cuda(tree):
+    code = (
+        "import setuptools, torch; torch.version.cuda = '11.8'; said = {}\n"
+        "setuptools.setup = lambda **k: said.update(k); import setup; assert 'ext_modules' not in said"
+    )
+    said = run(sys.executable, "-c", code, cwd=tree, env=environment())
+    assert re.search(r"beside a torch for CUDA 11\.8 with a toolkit of CUDA \d+: set CUDA_HOME to a toolkit of CUDA 11", said)
+
+
 @pytest.mark.parametrize("value", ["yes", "", "2", "AUTO"])
 def test_an_unknown_choice(tree, value):
     done = subprocess.run(
