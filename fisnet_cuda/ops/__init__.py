@@ -18,7 +18,7 @@ from .linear_maps import (
 )
 from .linear_ops import linear_op, linear_op_transposed, slice_op, slice_transposed
 from .phi import dual_phi, phi_scale, relative_epsilon, stabilised_ratio, times
-from .pooling import avg_pool, avg_pool_transposed, max_pool, max_pool_transposed
+from .pooling import avg_pool, avg_pool_transposed, max_pool, max_pool_transposed, max_pool_transposed_phi
 
 __all__ = [
     "Geometry",
@@ -37,6 +37,7 @@ __all__ = [
     "linear_op_transposed",
     "max_pool",
     "max_pool_transposed",
+    "max_pool_transposed_phi",
     "phi_scale",
     "positive_part",
     "relative_epsilon",

@@ -43,7 +43,13 @@ from .phi import (
     stabilise,
 )
 from .plus import plus_affine, plus_affine_backward
-from .pooling import max_pool, max_pool_gather, max_pool_scatter
+from .pooling import (
+    max_pool,
+    max_pool_gather,
+    max_pool_scatter,
+    max_pool_scatter_phi,
+    max_pool_scatter_phi_backward,
+)
 
 __all__ = [
     "Geometry",
@@ -61,6 +67,8 @@ __all__ = [
     "max_pool",
     "max_pool_gather",
     "max_pool_scatter",
+    "max_pool_scatter_phi",
+    "max_pool_scatter_phi_backward",
     "phi_scale",
     "phi_scale_backward",
     "plus_affine",

@@ -73,7 +73,7 @@ def max_case(name, maps=1):
     x = randn(N, 3, *size, seed=1)
     y, winners = ops.max_pool(x, spatial, adaptive, settings)
     return Case(
-        f"{name}-K{maps}", lambda g: ops.max_pool_transposed(g, winners, size), transposed_of(pool, x),
+        f"{name}-K{maps}", lambda g: ops.max_pool_transposed(g, winners, size, (spatial, adaptive, settings)), transposed_of(pool, x),
         {"g": randn(N * maps, *y.shape[1:], seed=2)},
     )  # fmt: skip
 

@@ -16,10 +16,13 @@ def nonneg(b, node) -> bool:
 
 
 def forward(b, index, node) -> None:
-    attrs = node.attrs
-    operands = (Slot(node.inputs[0]), attrs["spatial"], attrs["adaptive"], attrs["settings"])
+    operands = (Slot(node.inputs[0]), *_pool(node))
     (winners,) = b.emit_forward(index, "max_pool", ops.max_pool, operands, extra=1, kernel="max_pool", backend=b.backend)
     b.shared[("winners", index)] = Slot(winners)
+
+
+def _pool(node) -> tuple:
+    return node.attrs["spatial"], node.attrs["adaptive"], node.attrs["settings"]
 
 
 def relevance(b, index, node, stream) -> None:
@@ -34,7 +37,7 @@ def relevance(b, index, node, stream) -> None:
         total = stream.sum(g, node.name)
     else:
         total = stream.take_g(index, node.name)
-    operands = (total, b.shared[("winners", index)], b.size(source))
+    operands = (total, b.shared[("winners", index)], b.size(source), _pool(node))
     kernel = "max_pool_scatter"
     g = b.emit(node.name, rule, "max_pool^T", ops.max_pool_transposed, operands, kernel=kernel, backend=b.backend)
     stream.give(source, "g", g)
