@@ -1,19 +1,9 @@
 #include "../kernels/max_pool.h"
 
-#include <vector>
-
-#include "common.h"
+#include "new_tensor.h"
 
 namespace fisnet {
 namespace {
-using Ints = std::vector<int64_t>;
-
-// A new tensor beside `like` (not for results of its shape: see empty_like).
-Tensor empty_of(const Tensor& like, const Ints& sizes, ScalarType dtype, bool channels_last) {
-  const auto format = channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format);
-}
-
 // `window` holds kernel, stride, padding and dilation, of rows and of columns.
 Windows windows_of(const char* op, int64_t in_h, int64_t in_w, int64_t out_h, int64_t out_w, const Ints& window) {
   STD_TORCH_CHECK(window.size() == 8, op, ": window must have 8 values: kernel, stride, padding, dilation");
