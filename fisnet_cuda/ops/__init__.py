@@ -6,6 +6,7 @@ plain PyTorch behind them, a CUDA extension may serve the same names (`fisnet_cu
 
 from .batch_norm import affine_scale_shift, bn_act, tracked_bn_act
 from .first_layer import zb
+from .head import eta_start, plus_start, pooled_dual_phi, pooled_phi
 from .heatmap_loss import gwrp, heatmap_loss, resize_mask
 from .linear_maps import (
     Geometry,
@@ -29,6 +30,7 @@ __all__ = [
     "channel_scale",
     "conv_geometry",
     "dual_phi",
+    "eta_start",
     "fprop",
     "gwrp",
     "heatmap_loss",
@@ -39,6 +41,9 @@ __all__ = [
     "max_pool_transposed",
     "max_pool_transposed_phi",
     "phi_scale",
+    "plus_start",
+    "pooled_dual_phi",
+    "pooled_phi",
     "positive_part",
     "relative_epsilon",
     "resize_mask",

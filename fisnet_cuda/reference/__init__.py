@@ -30,6 +30,17 @@ Sources
 
 from .batch_norm import affine_scale_shift, bn_act
 from .first_layer import zb, zb_backward
+from .head import (
+    eta_start,
+    eta_start_backward,
+    one_hot,
+    plus_start,
+    plus_start_backward,
+    pooled_dual_phi,
+    pooled_dual_phi_backward,
+    pooled_phi,
+    pooled_phi_backward,
+)
 from .heatmap_loss import gwrp, gwrp_terms, heatmap_loss, resize_mask
 from .linear_maps import Geometry, conv_geometry, dgrad, fprop, linear_geometry, weight_dominates, wgrad
 from .phi import (
@@ -59,6 +70,8 @@ __all__ = [
     "dgrad",
     "dual_phi",
     "dual_phi_backward",
+    "eta_start",
+    "eta_start_backward",
     "fprop",
     "gwrp",
     "gwrp_terms",
@@ -69,10 +82,17 @@ __all__ = [
     "max_pool_scatter",
     "max_pool_scatter_phi",
     "max_pool_scatter_phi_backward",
+    "one_hot",
     "phi_scale",
     "phi_scale_backward",
     "plus_affine",
     "plus_affine_backward",
+    "plus_start",
+    "plus_start_backward",
+    "pooled_dual_phi",
+    "pooled_dual_phi_backward",
+    "pooled_phi",
+    "pooled_phi_backward",
     "ratio",
     "ratio_backward",
     "relative_epsilon",

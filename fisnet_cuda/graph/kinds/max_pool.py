@@ -30,8 +30,7 @@ def relevance(b, index, node, stream) -> None:
     rule = stream.rule(index)
     own = [c for c in stream.contributions[index] if c[0] != "S"]
     if isinstance(rule, ZPlus) and own:
-        R = stream.alone(index, own).take_R(index, node.name)
-        g = [b.emit(node.name, rule, "ratio z+", _plus_ratio, (R, Slot(index), b.nonneg[index], float(rule.eps)))]
+        g = [_own_g(b, index, node, stream, rule, own)]
         # a BatchNorm folded into this pool has its own denominator already
         g += [stream._g_of_pair(index, pair, node.name) for pair in stream.of_form(index, "S")]
         total = stream.sum(g, node.name)
@@ -41,6 +40,17 @@ def relevance(b, index, node, stream) -> None:
     kernel = "max_pool_scatter"
     g = b.emit(node.name, rule, "max_pool^T", ops.max_pool_transposed, operands, kernel=kernel, backend=b.backend)
     stream.give(source, "g", g)
+
+
+def _own_g(b, index, node, stream, rule, own) -> Slot:
+    """The pool's own denominator, ``R / (v + e)``; where ``R = v . g`` and ``v >= 0`` that is ``phi(v) . g``, in one pass."""
+    alone = stream.alone(index, own)
+    eps = float(rule.eps)
+    if b.nonneg[index] and not alone.of_form(index, "R"):
+        operands = (alone.take_g(index, node.name), Slot(index), eps, None)
+        return b.emit(node.name, rule, "phi_scale", ops.phi_scale, operands, kernel="phi_scale", backend=b.backend)
+    operands = (alone.take_R(index, node.name), Slot(index), b.nonneg[index], eps)
+    return b.emit(node.name, rule, "ratio z+", _plus_ratio, operands)
 
 
 def _plus_ratio(R, v, nonneg, eps):

@@ -31,7 +31,7 @@ def _out_size(in_size: torch.Size, settings: tuple) -> tuple[int, int] | None:
     out = []
     for size, k, s, p, d in zip(in_size, kernel, stride, padding, dilation):
         reach = d * (k - 1) + 1
-        if min(size, k, s, d) < 1 or p < 0 or p > reach // 2:
+        if min(size, k, s, d) < 1 or p < 0 or p > k // 2:
             return None
         n = (size + 2 * p - reach + (s - 1 if settings[4] else 0)) // s + 1
         n -= settings[4] and (n - 1) * s >= size + p  # the last window starts inside the image or its left padding
