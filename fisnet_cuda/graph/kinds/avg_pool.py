@@ -54,7 +54,7 @@ def _own_g(b, index, node, stream, rule, own) -> Slot:
     eps = float(rule.eps)
     if b.nonneg[source] and not alone.of_form(index, "R"):
         operands = (alone.take_g(index, node.name), Slot(index), eps, None)
-        return b.emit(node.name, rule, "phi_scale", ops.phi_scale, operands, kernel="phi_scale", backend=b.backend)
+        return b.emit(node.name, rule, "phi_scale z+", ops.phi_scale, operands, kernel="phi_scale", backend=b.backend)
     operands = (alone.take_R(index, node.name), Slot(source), Slot(index), b.nonneg[source], *_settings(node), eps)
     return b.emit(node.name, rule, "ratio z+", _plus_ratio, operands)
 
