@@ -3,46 +3,40 @@
 import pytest
 import torch
 from emulator import SCHEDULES, emulated
-from helpers import CHECKS, Case, close, error, grads, rand, randn
+from helpers import close, error, grads, rand, randn
+from test_head import (  # tests/ops: the cases that every implementation must pass
+    EPS,
+    EPS_PLUS,
+    ETA,
+    ETA_CHECKS,
+    PLUS,
+    POOLED,
+    POOLED_DUAL,
+    K,
+    N,
+    alive,
+    classes,
+    eta_case,
+    every_check,
+    plus_case,
+    pooled_case,
+    pooled_dual_case,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fisnet_cuda import ops, reference
-from fisnet_cuda.isnet.variants import eta, eta_gradient
+from fisnet_cuda.isnet.variants import eta_gradient
 
-N, K = 2, 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-EPS, EPS_PLUS = 0.1, 0.3
 
 # ---- eta -----------------------------------------------------------------------------------------------------------------
 
 
-def classes(n, maps, count, seed=0):
-    return torch.randint(0, count, (n, maps), generator=torch.Generator().manual_seed(seed))
-
-
-def eta_case(count, maps, device, eta_eps=1e-2):
-    index = classes(N, maps, count).to(device)
-    return Case(
-        f"{count}-K{maps}", lambda logits: ops.eta_start(logits, index, eta_eps),
-        lambda logits: eta_formula(logits, index, eta_eps), {"logits": 2 * randn(N, count, seed=1).to(device)},
-    )  # fmt: skip
-
-
-def eta_formula(logits, index, eta_eps):
-    """Autograd's gradient of eta itself; its own dtype, as users would write it."""
-    with torch.enable_grad():
-        logits = logits if logits.requires_grad else logits.detach().requires_grad_()
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        e = eta(wide, index, eta_eps)
-        parts = [torch.autograd.grad(e[:, k].sum(), wide, create_graph=True)[0] for k in range(index.shape[1])]
-        return torch.stack(parts, 1)
-
-
-@pytest.mark.parametrize("check", [c for c in CHECKS if c.__name__ != "any_dtype"], ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("count", "maps"), [(2, 1), (10, K), (1, 1)])
+@pytest.mark.parametrize("check", ETA_CHECKS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("count", "maps"), ETA)
 def test_eta_start(device, count, maps, check):
     check(eta_case(count, maps, device))
 
@@ -85,30 +79,12 @@ def test_variants_use_it(device):
     assert torch.equal(eta_gradient(logits, index, 1e-2), ops.eta_start(logits, index, 1e-2))
 
 
-def test_wrong_shapes():
-    with pytest.raises(ValueError, match=r"logits must be \[N, C\] and index \[N, K\], got \(2, 3\) and \(2,\)"):
-        ops.eta_start(torch.ones(2, 3), torch.zeros(2, dtype=torch.long), 1e-2)
-
-
 # ---- z+ start ------------------------------------------------------------------------------------------------------------
 
 
-def plus_case(shape, bias, device, eps=EPS):
-    b = randn(shape[-1], seed=2).to(device) if bias else None
-
-    def formula(P):
-        z = P if b is None else P + b.to(P.dtype).clamp(min=0)
-        return z / (z + eps)
-
-    op = lambda P: ops.plus_start(P, None if b is None else b.to(P.dtype), eps)  # noqa: E731
-    return Case(f"{shape}", op, formula, {"P": rand(*shape).to(device)})
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("shape", "bias"), [((N, 5), True), ((N, 1000), False), ((N, 3, 7), True)])
+@every_check
+@pytest.mark.parametrize(("shape", "bias"), PLUS)
 def test_plus_start(device, shape, bias, check):
-    if check.__name__ == "gradcheck" and shape[-1] == 1000:
-        shape = (N, 8)
     check(plus_case(shape, bias, device))
 
 
@@ -131,47 +107,14 @@ def test_plus_start_gives_the_bias_no_gradient(device):
 # ---- global average pool ---------------------------------------------------------------------------------------------------
 
 
-def pooled_case(size, maps, device, eps=EPS, channels=3):
-    ones = (1,) * len(size)
-    inputs = {"g": randn(N * maps, channels, *ones, seed=1), "a": rand(N, channels, *size, seed=2, low=-0.5).relu()}
-
-    def formula(g, a):
-        a_k = a.repeat_interleave(maps, 0)
-        return a_k / (a_k + eps) * (g / a[0, 0].numel())
-
-    return Case(f"{size}-K{maps}", lambda g, a: ops.pooled_phi(g, a, eps), formula, {k: t.to(device) for k, t in inputs.items()})
-
-
-def pooled_dual_case(size, device, channels=3):
-    ones = (1,) * len(size)
-    inputs = {
-        "g": randn(N, channels, *ones, seed=1), "g_plus": randn(N, channels, *ones, seed=2),
-        "a": rand(N, channels, *size, seed=3, low=-0.5).relu(), "z_plus": rand(N, channels, *size, seed=4),
-    }  # fmt: skip
-
-    def formula(g, g_plus, a, z_plus):
-        count = a[0, 0].numel()
-        # a dead unit's share of z+ gives `a` no gradient: the ReLU before it would cut it
-        plus = a * (a > 0) * (g_plus / count) / (z_plus + EPS_PLUS)
-        return torch.cat([a / (a + EPS) * (g / count), plus + 0 * a * plus.detach()])
-
-    op = lambda *t: torch.cat(ops.pooled_dual_phi(*t, EPS, EPS_PLUS))  # noqa: E731
-    return Case(f"{size}", op, formula, {k: t.to(device) for k, t in inputs.items()})
-
-
-def alive(case):
-    """Activations away from 0: at a kink the difference quotient means nothing, and dead units pass no gradient."""
-    return case._replace(inputs={k: t + 0.1 if k == "a" else t for k, t in case.inputs.items()})
-
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("size", "maps"), [((3, 2), K), ((7, 7), 1), ((5,), K), ((2, 1, 3), 1), ((1, 1), K)])
+@every_check
+@pytest.mark.parametrize(("size", "maps"), POOLED)
 def test_pooled_phi(device, size, maps, check):
     check(alive(pooled_case(size, maps, device)))
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("size", [(3, 2), (5,), (1, 1)])
+@every_check
+@pytest.mark.parametrize("size", POOLED_DUAL)
 def test_pooled_dual_phi(device, size, check):
     check(alive(pooled_dual_case(size, device)))
 
@@ -240,13 +183,6 @@ def test_relevance_is_kept(device, layout):
     g, a, _, _ = pooled_operands((5, 6), layout, torch.float64, device, K, 8)
     s = ops.pooled_phi(g, a + 1, 0.0)
     close(s.sum((2, 3)), g.flatten(1))
-
-
-def test_wrong_pooled_shapes():
-    with pytest.raises(ValueError, match=r"g must be \[N\*K, 3, 1, 1\] over the activation's N=2, got \(2, 3\)"):
-        ops.pooled_phi(torch.ones(2, 3), torch.ones(2, 3, 4, 4), 0.1)
-    with pytest.raises(ValueError, match="one map a sample"):
-        ops.pooled_dual_phi(torch.ones(4, 3, 1), torch.ones(4, 3, 1), torch.ones(2, 3, 4), torch.ones(2, 3, 4), 0.1, 0.1)
 
 
 # ---- how it runs -----------------------------------------------------------------------------------------------------------
