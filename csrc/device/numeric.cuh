@@ -46,7 +46,7 @@ __device__ __forceinline__ void store(T* __restrict__ to, const Acc<T> (&x)[W]) 
     Pack<T> pack;
     FISNET_UNROLL
     for (int i = 0; i < W; ++i) pack.part[i] = from_acc<T>(x[i]);
-    *reinterpret_cast<Pack<T>*>(to) = pack;
+    store16(to, &pack);
   }
 }
 

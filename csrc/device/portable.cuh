@@ -37,6 +37,18 @@ inline cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t sm
 #endif
 }
 
+// ---- stores ---------------------------------------------------------------------------------------------
+// 16 bytes to global memory, by one instruction. (Written as a struct, the compiler stores its parts one by one.)
+__device__ __forceinline__ void store16(void* gmem, const void* from) {
+#if defined(FISNET_EMU)
+  struct alignas(16) Bits { uint64_t part[2]; };
+  *static_cast<Bits*>(gmem) = *static_cast<const Bits*>(from);
+#else
+  const uint4 v = *static_cast<const uint4*>(from);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(gmem)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+#endif
+}
+
 // ---- cp.async ------------------------------------------------------------------------------------------
 // 16 bytes global -> shared; ok == false writes zeros and does not read src.
 __device__ __forceinline__ void cp_async16(void* smem, const void* gmem, bool ok) {
