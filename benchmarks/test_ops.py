@@ -159,9 +159,10 @@ def test_heatmap_loss(measure, rand, direction, d):
 def test_max_pool_transposed(measure, rand, direction, layout):
     """Relevance through a 3x3 stride-2 max pool: a scatter that adds; backward, a gather."""
     x = rand(4, 64, 56, 56, layout=layout)
-    winners = ops.max_pool(x, 2, False, (3, 2, 1, 1, False))[1]
+    pool = (2, False, (3, 2, 1, 1, False))
+    winners = ops.max_pool(x, *pool)[1]
     g = rand(4, 64, 28, 28, layout=layout, grad=True)
-    measure(direction, lambda g: ops.max_pool_transposed(g, winners, (56, 56)), g)
+    measure(direction, lambda g: ops.max_pool_transposed(g, winners, (56, 56), pool), g)
 
 
 @both_layouts

@@ -26,15 +26,6 @@ __device__ __forceinline__ void each_vector(int64_t size, F&& body) {
   }
 }
 
-// One 16-byte store; behind a condition, a plain assignment becomes four of 4 bytes.
-__device__ __forceinline__ void store16(uint4* to, const uint4& q) {
-#if defined(FISNET_EMU)
-  *to = q;
-#else
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(q.x), "r"(q.y), "r"(q.z), "r"(q.w) : "memory");
-#endif
-}
-
 // W elements as they lie in memory: one, or 16 bytes of them. Kernels that are bound by memory fetch all their operands before
 // they use any, so that a thread's loads are under way together. That is why the elements stay in whole words until they are
 // asked for: as elements of their own, the compiler would pull them apart, and wait for them, right behind each load.
@@ -85,7 +76,7 @@ class Raw {
     if constexpr (W == 1) {
       to[at] = from_acc<T>((*this)[0]);
     } else {
-      store16(reinterpret_cast<uint4*>(to + at), make_uint4(word_[0], word_[1], word_[2], word_[3]));
+      store16(to + at, word_);
     }
   }
   // Inside a loop: what follows from these elements is worked out again in every round. The compiler would do it once, before

@@ -24,22 +24,12 @@ template <> __device__ __forceinline__ double from_acc<double>(double x) { retur
 template <typename T> constexpr int kVec = 16 / static_cast<int>(sizeof(T));
 
 template <typename T> struct alignas(16) Pack { T part[kVec<T>]; };
-// One 16-byte access each, of global memory. nvcc takes a store of several members apart where branches stand between their
-// computations (the gates read the machine code), hence the instruction.
+// One 16-byte access of global memory.
 template <typename T> __device__ __forceinline__ Pack<T> load_pack(const T* __restrict__ from) {
   const uint4 bits = *reinterpret_cast<const uint4*>(from);
   Pack<T> pack;
   memcpy(&pack, &bits, sizeof(pack));
   return pack;
-}
-template <typename T> __device__ __forceinline__ void store_pack(T* __restrict__ to, const Pack<T>& pack) {
-#if defined(FISNET_EMU)
-  *reinterpret_cast<Pack<T>*>(to) = pack;
-#else
-  uint4 bits;
-  memcpy(&bits, &pack, sizeof(bits));
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w) : "memory");
-#endif
 }
 
 template <typename T, int W>
@@ -54,6 +44,7 @@ __device__ __forceinline__ void load(Acc<T> (&x)[W], const T* __restrict__ from)
   }
 }
 
+// To global memory; a vector is written by one instruction.
 template <typename T, int W>
 __device__ __forceinline__ void store(T* __restrict__ to, const Acc<T> (&x)[W]) {
   if constexpr (W == 1) {
@@ -63,7 +54,7 @@ __device__ __forceinline__ void store(T* __restrict__ to, const Acc<T> (&x)[W]) 
     Pack<T> pack;
     FISNET_UNROLL
     for (int i = 0; i < W; ++i) pack.part[i] = from_acc<T>(x[i]);
-    store_pack(to, pack);
+    store16(to, &pack);
   }
 }
 

@@ -44,6 +44,20 @@ inline cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t sm
 #endif
 }
 
+// ---- 16 bytes to global memory (never shared) in one access ----------------------------------------------------------------
+// Left to itself, nvcc splits a vector store into four of 4 bytes where it stands behind a condition.
+__device__ __forceinline__ void store16(void* gmem, const void* from) {
+#if defined(FISNET_EMU)
+  struct alignas(16) Bits { uint64_t part[2]; } bits;
+  memcpy(&bits, from, sizeof(bits));
+  *static_cast<Bits*>(gmem) = bits;
+#else
+  uint4 q;
+  memcpy(&q, from, sizeof(q));
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(gmem)), "r"(q.x), "r"(q.y), "r"(q.z), "r"(q.w) : "memory");
+#endif
+}
+
 // ---- cp.async ------------------------------------------------------------------------------------------
 // 16 bytes global -> shared; ok == false writes zeros and does not read src.
 __device__ __forceinline__ void cp_async16(void* smem, const void* gmem, bool ok) {

@@ -182,6 +182,56 @@ def _dual_phi(p: _Program, position: int) -> None:
         return
 
 
+def _pool_phi(p: _Program, position: int) -> None:
+    """ReLU, then a max pool, backwards: the pool's transpose inside the ReLU's phi (with a skip, if the ReLU has one)."""
+    phi = p.instrs[position]
+    if phi.op != "phi_scale":
+        return
+    for which, other in ((0, 3), (3, 0)):
+        pool_at = p.made_by(phi.operands[which], "max_pool^T")
+        if pool_at is not None and p.only_reader(phi.operands[which].index, position):
+            pool = p.instrs[pool_at]
+            operands = (*pool.operands, phi.operands[1], phi.operands[2], phi.operands[other])
+            fused = replace(phi, op="max_pool^T_phi", fn=ops.max_pool_transposed_phi, operands=operands)
+            fused = replace(fused, kernel="max_pool_scatter_phi", options=pool.options)
+            p.replace(position, fused, pool_at)
+            return
+
+
+def _global_pool(p: _Program, operand: object, position: int) -> int | None:
+    """Where ``operand`` is made, if it is a global average pool's transpose that only ``position`` reads."""
+    pool_at = p.made_by(operand, "avg_pool^T")
+    if pool_at is None or not p.only_reader(operand.index, position):
+        return None
+    _, _, adaptive, settings, _ = p.instrs[pool_at].operands
+    sizes = settings[0] if adaptive and type(settings[0]) is tuple else settings[:1]
+    return pool_at if adaptive and all(size == 1 for size in sizes) else None
+
+
+def _pooled_phi(p: _Program, position: int) -> None:
+    """ReLU, then a global average pool, backwards: one value a channel inside the ReLU's phi."""
+    phi = p.instrs[position]
+    if phi.op != "phi_scale" or phi.operands[3] is not None:
+        return
+    pool_at = _global_pool(p, phi.operands[0], position)
+    if pool_at is not None:
+        operands = (p.instrs[pool_at].operands[0], *phi.operands[1:3])
+        fused = replace(phi, op="avg_pool^T_phi", fn=ops.pooled_phi, operands=operands, kernel="pooled_phi")
+        p.replace(position, fused, pool_at)
+
+
+def _pooled_dual_phi(p: _Program, position: int) -> None:
+    """The same for both rules of Dual."""
+    dual = p.instrs[position]
+    if dual.op != "dual_phi":
+        return
+    pools = [_global_pool(p, operand, position) for operand in dual.operands[:2]]
+    if None not in pools:
+        operands = (*(p.instrs[at].operands[0] for at in pools), *dual.operands[2:])
+        fused = replace(dual, op="avg_pool^T_dual_phi", fn=ops.pooled_dual_phi, operands=operands, kernel="pooled_dual_phi")
+        p.replace(position, fused, *pools)
+
+
 PATTERNS: tuple[Callable[[_Program, int], None], ...] = (
     _bn_add_relu,
     _bn_relu,
@@ -190,6 +240,10 @@ PATTERNS: tuple[Callable[[_Program, int], None], ...] = (
     _phi_bn_rest,
     _times_zb,
     _dual_phi,
+    # behind _dual_phi, which looks for phi_scale: where both rules meet, one pass for both is worth more
+    _pool_phi,
+    _pooled_phi,
+    _pooled_dual_phi,
 )
 
 

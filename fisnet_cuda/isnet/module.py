@@ -146,6 +146,7 @@ class ISNet(nn.Module):
                 made[id(graph)] = (main, one)
         self._programs = {mode: made[id(graph)] for mode, graph in graphs.items()}
         self._bounds = (first.low, first.high) if first_layer == "zb" else None
+        self._backend = backend
         self._checked = False
 
     # ---- running -----------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ class ISNet(nn.Module):
             index = draw_class(detached, self.generator).unsqueeze(1)
         # eta of the only class is a constant: its logit is explained instead
         if self.variant == "selective" and not self.multilabel and classes > 1:
-            return index, {"epsilon": eta_gradient(logits, index, self.eta_eps)}
+            return index, {"epsilon": eta_gradient(logits, index, self.eta_eps, self._backend)}
         return index, {"epsilon": one_hot(index, classes, wide)}
 
     def _relevance(

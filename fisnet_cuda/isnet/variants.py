@@ -9,31 +9,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.head import eta_start
+from ..reference.head import one_hot as one_hot
+
 VARIANTS = ("original", "selective", "stochastic", "dual")
 SELECT = ("lowest", "random", "top")
 
 
-def eta_gradient(logits: Tensor, index: Tensor, eta_eps: float) -> Tensor:
+def eta_gradient(logits: Tensor, index: Tensor, eta_eps: float, backend: str = "auto") -> Tensor:
     """Gradient of ``eta = log(P_c + t) - log(1 - P_c + t)`` with respect to the logits, ``P = softmax``, in float32 or wider.
 
     Args:
         logits: ``[N, C]``.
         index: the class ``c`` of every map, ``[N, K]``.
         eta_eps: ``t``; 1e-2 in the paper.
+        backend: "auto", "reference" or "cuda".
 
     Returns:
-        ``[N, K, C]``: relevance per unit of each logit. It keeps its own gradient.
+        ``[N, K, C]``: relevance per unit of each logit. It keeps its own gradient, to first order.
 
     Example:
         >>> import torch
         >>> eta_gradient(torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.long), 0.0)
         tensor([[[ 1., -1.]]])
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    P = torch.softmax(logits, -1)
-    P_c = P.gather(1, index)
-    slope = (1 / (P_c + eta_eps) + 1 / (1 - P_c + eta_eps)) * P_c  # d eta / d P_c, times the P_c of softmax's derivative
-    return slope.unsqueeze(-1) * (one_hot(index, logits.shape[1], P.dtype) - P.unsqueeze(1))
+    return eta_start(logits, index, eta_eps, backend=backend)
 
 
 def eta(logits: Tensor, index: Tensor, eta_eps: float) -> Tensor:
@@ -47,17 +47,6 @@ def eta(logits: Tensor, index: Tensor, eta_eps: float) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     P_c = torch.softmax(logits, -1).gather(1, index)
     return torch.log(P_c + eta_eps) - torch.log(1 - P_c + eta_eps)
-
-
-def one_hot(index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """``[N, K] -> [N, K, C]`` without looking at the values (``torch.nn.functional.one_hot`` does).
-
-    Example:
-        >>> import torch
-        >>> one_hot(torch.tensor([[2]]), 3, torch.float32)
-        tensor([[[0., 0., 1.]]])
-    """
-    return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).to(dtype)
 
 
 def other_class(top: Tensor, classes: int, generator: torch.Generator | None) -> Tensor:

@@ -6,6 +6,7 @@ plain PyTorch behind them, a CUDA extension may serve the same names (`fisnet_cu
 
 from .batch_norm import affine_scale_shift, bn_act, tracked_bn_act
 from .first_layer import zb
+from .head import eta_start, plus_start, pooled_dual_phi, pooled_phi
 from .heatmap_loss import gwrp, heatmap_loss, resize_mask
 from .linear_maps import (
     Geometry,
@@ -18,7 +19,7 @@ from .linear_maps import (
 )
 from .linear_ops import linear_op, linear_op_transposed, slice_op, slice_transposed
 from .phi import dual_phi, phi_scale, relative_epsilon, stabilised_ratio, times
-from .pooling import avg_pool, avg_pool_transposed, max_pool, max_pool_transposed
+from .pooling import avg_pool, avg_pool_transposed, max_pool, max_pool_transposed, max_pool_transposed_phi
 
 __all__ = [
     "Geometry",
@@ -29,6 +30,7 @@ __all__ = [
     "channel_scale",
     "conv_geometry",
     "dual_phi",
+    "eta_start",
     "fprop",
     "gwrp",
     "heatmap_loss",
@@ -37,7 +39,11 @@ __all__ = [
     "linear_op_transposed",
     "max_pool",
     "max_pool_transposed",
+    "max_pool_transposed_phi",
     "phi_scale",
+    "plus_start",
+    "pooled_dual_phi",
+    "pooled_phi",
     "positive_part",
     "relative_epsilon",
     "resize_mask",

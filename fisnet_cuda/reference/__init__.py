@@ -30,6 +30,17 @@ Sources
 
 from .batch_norm import affine_scale_shift, bn_act, bn_act_backward
 from .first_layer import zb, zb_backward
+from .head import (
+    eta_start,
+    eta_start_backward,
+    one_hot,
+    plus_start,
+    plus_start_backward,
+    pooled_dual_phi,
+    pooled_dual_phi_backward,
+    pooled_phi,
+    pooled_phi_backward,
+)
 from .heatmap_loss import gwrp, gwrp_terms, heatmap_loss, resize_mask
 from .linear_maps import Geometry, conv_geometry, dgrad, fprop, linear_geometry, weight_dominates, wgrad
 from .phi import (
@@ -43,7 +54,13 @@ from .phi import (
     stabilise,
 )
 from .plus import plus_affine, plus_affine_backward
-from .pooling import max_pool, max_pool_gather, max_pool_scatter
+from .pooling import (
+    max_pool,
+    max_pool_gather,
+    max_pool_scatter,
+    max_pool_scatter_phi,
+    max_pool_scatter_phi_backward,
+)
 
 __all__ = [
     "Geometry",
@@ -54,6 +71,8 @@ __all__ = [
     "dgrad",
     "dual_phi",
     "dual_phi_backward",
+    "eta_start",
+    "eta_start_backward",
     "fprop",
     "gwrp",
     "gwrp_terms",
@@ -62,10 +81,19 @@ __all__ = [
     "max_pool",
     "max_pool_gather",
     "max_pool_scatter",
+    "max_pool_scatter_phi",
+    "max_pool_scatter_phi_backward",
+    "one_hot",
     "phi_scale",
     "phi_scale_backward",
     "plus_affine",
     "plus_affine_backward",
+    "plus_start",
+    "plus_start_backward",
+    "pooled_dual_phi",
+    "pooled_dual_phi_backward",
+    "pooled_phi",
+    "pooled_phi_backward",
     "ratio",
     "ratio_backward",
     "relative_epsilon",

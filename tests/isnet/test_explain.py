@@ -245,7 +245,7 @@ def test_check_conservation(name, rule):
 def test_check_conservation_finds_a_fault(monkeypatch):
     """A max pool that overwrites where windows overlap, as in LRP-Block, is named."""
 
-    def overwriting(g, winners, in_size):
+    def overwriting(g, winners, in_size, pool=None):
         flat = g.new_zeros(*g.shape[:2], in_size[0] * in_size[1])
         return flat.scatter_(2, winners.flatten(2), g.flatten(2)).unflatten(2, in_size)
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import CHECKS, Case, close, equals_formula, grads, over_maps, randn
+from helpers import CHECKS, Case, close, equals_formula, grads, over_maps, rand, randn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fisnet_cuda import ops
+from fisnet_cuda import ops, reference
 
 N, K = 2, 3
 F = torch.nn.functional
@@ -73,7 +73,7 @@ def max_case(name, maps=1):
     x = randn(N, 3, *size, seed=1)
     y, winners = ops.max_pool(x, spatial, adaptive, settings)
     return Case(
-        f"{name}-K{maps}", lambda g: ops.max_pool_transposed(g, winners, size), transposed_of(pool, x),
+        f"{name}-K{maps}", lambda g: ops.max_pool_transposed(g, winners, size, (spatial, adaptive, settings)), transposed_of(pool, x),
         {"g": randn(N * maps, *y.shape[1:], seed=2)},
     )  # fmt: skip
 
@@ -116,6 +116,54 @@ def test_max_pool_transposed(case, check):
 @pytest.mark.parametrize("name", MAX_POOLS)
 def test_every_max_pool_transposed(name, maps):
     equals_formula(max_case(name, maps))
+
+
+def phi_case(name, maps, skip, eps=0.1):
+    """The transpose fused with phi, against the two ops apart."""
+    pool, size = MAX_POOLS[name][:3], MAX_POOLS[name][3]
+    a = rand(N, 3, *size, seed=1, low=-0.5).relu()
+    y, winners = ops.max_pool(a, *pool)
+    inputs = {"g": randn(N * maps, *y.shape[1:], seed=2), "a": a + 0.1}  # away from the kink, for gradcheck
+    if skip:
+        inputs["skip"] = randn(N * maps, 3, *size, seed=3)
+
+    def formula(g, a, skip=None):
+        joined = reference.max_pool_scatter(g, winners, size, pool)
+        return ops.phi_scale(joined, a, eps, skip, backend="reference")
+
+    op = lambda g, a, skip=None: ops.max_pool_transposed_phi(g, winners, size, pool, a, eps, skip)  # noqa: E731
+    return Case(f"{name}-K{maps}{'-skip' if skip else ''}", op, formula, inputs)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", [phi_case("overlapping", 1, True), phi_case("2", K, False), phi_case("1d", K, True)], ids=str)
+def test_max_pool_transposed_phi(case, check):
+    check(case)
+
+
+def test_max_pool_transposed_phi_wants_the_pool_s_input():
+    g, winners = torch.ones(1, 1, 2), torch.zeros(1, 1, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"a must be \(1, 1, 4\), the pool's input, got \(1, 1, 3\)"):
+        ops.max_pool_transposed_phi(g, winners, (4,), None, torch.ones(1, 1, 3), 0.1)
+
+
+@pytest.mark.parametrize("name", [name for name, pool in MAX_POOLS.items() if pool[:2] == (2, False)])
+def test_winners_as_bytes(name):
+    """The kernels' winners, positions inside a window: the reference reads them too, given the pool."""
+    *pool, size = MAX_POOLS[name]
+    y, winners = ops.max_pool(randn(N, 3, *size), *pool, backend="reference")
+    kernel, stride, pad, dilation = (reference.pooling.window_of(pool[2])[i : i + 2] for i in range(0, 8, 2))
+    h, w = winners // size[1], winners % size[1]
+    rows, columns = (torch.arange(n) for n in winners.shape[2:])
+    kh = (h - (rows * stride[0] - pad[0]).unsqueeze(-1)) // dilation[0]
+    kw = (w - (columns * stride[1] - pad[1])) // dilation[1]
+    bytes_ = (kh * kernel[1] + kw).to(torch.uint8)
+    g, x = randn(N * K, *y.shape[1:], seed=2), randn(N * K, 3, *size, seed=3)
+    pool = tuple(pool)
+    assert torch.equal(reference.max_pool_scatter(g, bytes_, size, pool), reference.max_pool_scatter(g, winners, size))
+    assert torch.equal(reference.max_pool_gather(x, bytes_, pool), reference.max_pool_gather(x, winners))
+    with pytest.raises(ValueError, match="winners are bytes"):
+        reference.max_pool_scatter(g, bytes_, size)
 
 
 def test_overlapping_windows_keep_all_relevance():

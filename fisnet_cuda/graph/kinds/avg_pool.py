@@ -36,10 +36,7 @@ def relevance(b, index, node, stream) -> None:
         return
     own = [c for c in stream.contributions[index] if c[0] != "S"]
     if own:
-        R = stream.alone(index, own).take_R(index, node.name)
-        operands = (R, Slot(source), Slot(index), b.nonneg[source], *_settings(node), float(rule.eps))
-        s = b.emit(node.name, rule, "ratio z+", _plus_ratio, operands)
-        g = transposed(s)
+        g = transposed(_own_g(b, index, node, stream, rule, own))
         if not b.nonneg[source]:
             g = b.emit(node.name, rule, "part", where_nonneg, (Slot(source), g))
         stream.give(source, "g", g)
@@ -49,6 +46,17 @@ def relevance(b, index, node, stream) -> None:
             down = transposed(plus if minus is None else minus)
             up = b.emit(node.name, rule, "by_sign", by_sign, (Slot(source), up, down))
         stream.give(source, "g", up)
+
+
+def _own_g(b, index, node, stream, rule, own) -> Slot:
+    """``R / (pooled + e)``; where ``R = pooled . g`` and the pool has nothing negative that is ``phi(pooled) . g``, in one pass."""
+    alone, source = stream.alone(index, own), node.inputs[0]
+    eps = float(rule.eps)
+    if b.nonneg[source] and not alone.of_form(index, "R"):
+        operands = (alone.take_g(index, node.name), Slot(index), eps, None)
+        return b.emit(node.name, rule, "phi_scale z+", ops.phi_scale, operands, kernel="phi_scale", backend=b.backend)
+    operands = (alone.take_R(index, node.name), Slot(source), Slot(index), b.nonneg[source], *_settings(node), eps)
+    return b.emit(node.name, rule, "ratio z+", _plus_ratio, operands)
 
 
 def _plus_ratio(R, v, pooled, nonneg, spatial, adaptive, settings, eps):

@@ -94,15 +94,19 @@ def _zplus(b, index, node, stream, rule) -> None:
     W = b.emit(node.name, rule, "W+", _signed_positive, (attrs["weight"], scale))
     P = b.emit(node.name, rule, f"{node.kind}+", ops.fprop, (Slot(source), W, None, geometry))
     factor = None if scale is None else b.emit(node.name, rule, "|scale|", torch.abs, (scale,))
-    if geometry.spatial or scale is not None:
-        z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_denominator, (P, factor, shift))
+    everything = stream.of_form(index, "all")
+    if everything and not geometry.spatial and scale is None:
+        s = b.emit(node.name, rule, "start", ops.plus_start, (P, shift, eps), kernel="plus_start", backend=b.backend)
     else:
-        z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_linear_denominator, (P, shift))
-    if stream.of_form(index, "all"):
-        s = b.emit(node.name, rule, "start", rule_ops.plus_start, (z_plus, eps))
-    else:
-        R = stream.take_R(out, node.name)
-        s = b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, eps, True))
+        if geometry.spatial or scale is not None:
+            z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_denominator, (P, factor, shift))
+        else:
+            z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_linear_denominator, (P, shift))
+        if everything:
+            s = b.emit(node.name, rule, "start", rule_ops.plus_start, (z_plus, eps))
+        else:
+            R = stream.take_R(out, node.name)
+            s = b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, eps, True))
     operands = (s, W, geometry, _in_size(b, node), factor)
     g = b.emit(node.name, rule, f"{node.kind}+^T", ops.transposed, operands, kernel="dgrad", backend=b.backend)
     stream.give(source, "g", g)

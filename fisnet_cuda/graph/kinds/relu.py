@@ -30,7 +30,8 @@ def relevance(b, index, node, stream) -> None:
     if g:
         # two consumers are joined inside the op (a block's end: the next convolution and the skip)
         first, skip = (g[0], None) if len(g) == 1 else (stream.sum(g[:-1], node.name), g[-1])
-        s = b.emit(node.name, rule, "phi_scale", ops.phi_scale, (first, Slot(index), eps, skip), kernel="phi_scale")
+        operands = (first, Slot(index), eps, skip)
+        s = b.emit(node.name, rule, "phi_scale", ops.phi_scale, operands, kernel="phi_scale", backend=b.backend)
         stream.give(source, "g", s)
     R = stream.of_form(index, "R")
     if R:  # from a rule that gives relevance to dead units too (w^2, flat): the pre-activation carries it
