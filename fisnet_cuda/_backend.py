@@ -53,10 +53,15 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def implementation(name: str, backend: str, device: torch.device | None = None) -> str:
-    """The implementation that op ``name`` has: "reference" or "cuda", on ``device`` when it is known."""
+def implementation(name: str, backend: str, device: torch.device | None = None, operands: tuple = ()) -> str:
+    """The implementation that op ``name`` has: "reference" or "cuda", on ``device`` when it is known.
+
+    A kernel that does not serve every setting has a predicate ``serves`` of the op's operands, which returns why not.
+    """
     kernels = _load()[0]
     if backend == "reference" or kernels is None or name not in kernels:
+        return "reference"
+    if operands and getattr(kernels[name], "serves", lambda *_: "")(*operands):
         return "reference"
     if backend == "cuda" or (device is not None and device.type in KERNEL_DEVICES):
         return "cuda"

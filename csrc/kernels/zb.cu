@@ -122,13 +122,15 @@ __device__ __forceinline__ void load_denominators(Acc<T> (&z)[W], Acc<T> (&den)[
 
 // ---- preparation -----------------------------------------------------------------------------------------------------------
 // box[y class][x class][o] = sum over the window's taps inside the image of (W+ l + W- h) + b+ min l + b- max h.
+// In double: z' is a small difference of z and this.
 template <typename T>
 __device__ __forceinline__ Acc<T> box_of(const ZbLayer& l, const T* W, const Acc<T>* shift, const Acc<T>* low, const Acc<T>* high, int i) {
   using A = Acc<T>;
   const int o = i % l.c_out, nx = l.classes(l.out_width), ny = l.classes(l.out_height);
   const int xc = i / l.c_out % nx, yc = i / l.c_out / nx;
   const int y = yc <= l.edge() ? yc : l.out_height - (ny - yc), x = xc <= l.edge() ? xc : l.out_width - (nx - xc);
-  A sum = 0, least = low[0], most = high[0];
+  double sum = 0;
+  A least = low[0], most = high[0];
   for (int c = 0; c < l.c_in; ++c) {
     least = low[c] < least ? low[c] : least;
     most = high[c] > most ? high[c] : most;
@@ -139,13 +141,12 @@ __device__ __forceinline__ Acc<T> box_of(const ZbLayer& l, const T* W, const Acc
         const int ix = x * l.stride - l.padding + kx;
         if (ix < 0 || ix >= l.width) continue;
         const A w = to_acc(W[((o * l.c_in + c) * l.kernel + ky) * l.kernel + kx]);
-        sum += w * (w > A(0) ? low[c] : high[c]);
+        sum += static_cast<double>(w) * (w > A(0) ? low[c] : high[c]);
       }
     }
   }
-  if (!shift) return sum;
-  const A b = shift[o];
-  return sum + b * (b > A(0) ? least : most);
+  if (shift) sum += static_cast<double>(shift[o]) * (shift[o] > A(0) ? least : most);
+  return static_cast<A>(sum);
 }
 
 // W+ for sign 0, W- for sign 1; 0 outside the kernel.

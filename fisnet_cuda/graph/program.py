@@ -186,7 +186,7 @@ class Program:
                 if instr.rule and instr.rule not in row["rule"]:
                     row["rule"].append(instr.rule)
                 if instr.kernel:
-                    entry = f"{instr.kernel}:{implementation(instr.kernel, self.backend, device)}"
+                    entry = f"{instr.kernel}:{implementation(instr.kernel, self.backend, device, instr.operands)}"
                     if entry not in row["kernel"]:
                         row["kernel"].append(entry)
         rows = tuple(

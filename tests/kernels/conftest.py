@@ -11,6 +11,7 @@ import torch
 from emulator import emulated
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ops"))  # the case lists that every implementation must pass
+sys.path.append(str(Path(__file__).resolve().parent))  # common.py
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])

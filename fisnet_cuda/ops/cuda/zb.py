@@ -10,34 +10,45 @@ from ...reference import Geometry
 from . import kernel_for
 from .layout import acc_dtype, dense, vector
 
-MAX_CHANNELS, MAX_KERNEL = 4, 7
+MAX_CHANNELS, MAX_KERNEL, MAX_STRIDE = 4, 7, 2
 
 
-def serves(geometry: Geometry, weight_shape: tuple[int, ...]) -> str:
-    """Why the kernels cannot run a layer of this geometry and weight; empty when they can."""
+def refused(geometry: Geometry, weight_shape: tuple[int, ...] | None) -> str:
+    """Why the kernels cannot run a layer of this geometry and weight; empty when they can (or the weight is not known)."""
     if geometry.spatial != 2:
         return "not a 2-d convolution"
+    (sy, sx), (py, px) = geometry.stride, geometry.padding
     if geometry.groups != 1:
         return "groups"
     if geometry.dilation != (1, 1):
         return "dilation"
-    (sy, sx), (py, px), (kh, kw) = geometry.stride, geometry.padding, weight_shape[2:]
-    if kh != kw or sy != sx or py != px:
-        return "kernel, stride or padding differ between the axes"
-    if kh > MAX_KERNEL:
-        return f"a kernel of more than {MAX_KERNEL}x{MAX_KERNEL}"
-    if sy > 2:
-        return "a stride of more than 2"
+    if sy != sx or py != px:
+        return "stride or padding differ between the axes"
+    if sy > MAX_STRIDE:
+        return f"a stride of more than {MAX_STRIDE}"
+    if weight_shape is None:
+        return ""
+    _, channels, kh, kw = weight_shape
+    if kh != kw or kh > MAX_KERNEL:
+        return f"a kernel that is not square, or larger than {MAX_KERNEL}x{MAX_KERNEL}"
     if py >= kh:
         return "padding as wide as the kernel"
-    if weight_shape[1] > MAX_CHANNELS:
+    if channels > MAX_CHANNELS:
         return f"more than {MAX_CHANNELS} input channels"
     return ""
 
 
-def _runs(geometry: Geometry, W: Tensor, low: Tensor, high: Tensor) -> bool:
+def serves(R_out, x, z, W, shift, low, high, eps, geometry, weight_shape=None, carrier=None) -> str:
+    """Why the kernels cannot run an instruction of the relevance program with these operands; empty when they can."""
+    if not all(isinstance(bound, (int, float, tuple)) for bound in (low, high)):
+        return "images of bounds"
+    return refused(geometry, weight_shape)
+
+
+def _runs(geometry: Geometry, x: Tensor, W: Tensor, low: Tensor, high: Tensor) -> bool:
     """Whether the kernels run this call; images of bounds go to the reference."""
-    return not serves(geometry, tuple(W.shape)) and low.dim() == high.dim() == 1
+    vectors = all(bound.numel() in (1, x.shape[1]) for bound in (low, high))
+    return vectors and not refused(geometry, tuple(W.shape))
 
 
 def _operands(R_out, x, z, W, shift, low, high, geometry, carrier) -> tuple:
@@ -45,7 +56,7 @@ def _operands(R_out, x, z, W, shift, low, high, geometry, carrier) -> tuple:
     R_out, z, carrier, x, W = _one_dtype(R_out, z, carrier, x, W)
     R_out, z, carrier = dense(R_out, z, carrier)
     (x,) = dense(x)
-    low, high = (vector(b.expand(x.shape[1]), x) for b in (low, high))
+    low, high = (vector(b.reshape(-1).expand(x.shape[1]), x) for b in (low, high))
     return R_out, x, z, W.contiguous(), vector(shift, x), low, high, geometry.stride[0], geometry.padding[0], carrier
 
 
@@ -62,7 +73,7 @@ def zb(
     geometry: Geometry, carrier: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """See `fisnet_cuda.reference.zb`; keeps no ratios: the adjoint makes them again from operands that live anyway."""
-    if not _runs(geometry, W, low, high):
+    if not _runs(geometry, x, W, low, high):
         return reference.zb(R_out, x, z, W, shift, low, high, eps, geometry, carrier)
     R_out, x, z, W, shift, low, high, stride, padding, carrier = _operands(
         R_out, x, z, W, shift, low, high, geometry, carrier
@@ -78,7 +89,7 @@ def zb_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """See `fisnet_cuda.reference.zb_backward`; ``x_bar``, wanted by nobody who trains weights, is the reference's."""
     given = (R_out, s, den, x, z, W, shift, low, high, eps, geometry)
-    if s is not None or not _runs(geometry, W, low, high):
+    if s is not None or not _runs(geometry, x, W, low, high):
         return reference.zb_backward(R_bar, *given, need_W, need_x, carrier)
     x_bar = reference.zb_backward(R_bar, *given, False, True, carrier)[3] if need_x else None
     dtype_W, dtype_shift = W.dtype, None if shift is None else shift.dtype
@@ -96,6 +107,9 @@ def zb_backward(
         x_bar,
         None if carrier is None else carrier_bar,
     )
+
+
+zb.serves = zb_backward.serves = serves
 
 
 @torch.library.register_fake("fisnet::zb")
