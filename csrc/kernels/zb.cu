@@ -8,6 +8,7 @@ namespace fisnet {
 namespace {
 constexpr int kThreads = 256;
 constexpr int kMaxTaps = 49;
+constexpr int kAhead = 2;  // vectors that a thread loads before it computes, where maps are read
 
 // ---- warp products -----------------------------------------------------------------------------------------------------
 // Every product leaves fragments of mma.m16n8k16: a lane holds rows lane/4 and lane/4 + 8, columns 2 (lane % 4) and the next.
@@ -63,23 +64,34 @@ __device__ __forceinline__ void multiply(Acc<T> (&d)[MT][NT][4], const T* const 
 }
 
 // ---- tiles of the layer's output -----------------------------------------------------------------------------------------
+// A divisor of numbers below 2^15: exact, because the rounding of the product is far smaller than the half that is added, and
+// a few instructions where an integer division is a routine.
+struct Small {
+  int value;
+  float inverse;
+  explicit __host__ __device__ Small(int v) : value(v), inverse(1.0f / static_cast<float>(v)) {}
+  __device__ __forceinline__ operator int() const { return value; }
+};
+__device__ __forceinline__ int quotient(int i, Small by) { return static_cast<int>((static_cast<float>(i) + 0.5f) * by.inverse); }
+__device__ __forceinline__ int quotient(int i, int by) { return i / by; }
+
 // W channels at one position of a tile. `at` is the offset inside a sample; `slot` numbers the tile's positions row by row.
 struct Item {
   int slot, c, y, x, at;
   bool inside;
 };
-template <int W, int kChannels>
-__device__ __forceinline__ Item item_of(const ZbLayer& l, int i, int y0, int x0, int positions, int columns, int c0) {
+template <int W, int kChannels, typename Count>
+__device__ __forceinline__ Item item_of(const ZbLayer& l, int i, int y0, int x0, Count positions, Count columns, int c0) {
   Item item;
   const bool last = W > 1 || l.channels_last;
   if (last) {
     item.slot = i / (kChannels / W);
     item.c = i % (kChannels / W) * W;
   } else {  // neighbouring threads take neighbouring positions
-    item.c = i / positions;
+    item.c = quotient(i, positions);
     item.slot = i - item.c * positions;
   }
-  const int row = item.slot / columns;
+  const int row = quotient(item.slot, columns);
   item.y = y0 + row;
   item.x = x0 + item.slot - row * columns;
   const int o = c0 + item.c;
@@ -215,10 +227,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) zb_kernel(Zb
   constexpr int kChunk = zb_chunk(sizeof(T)), kPitch = kChunk + kVec<T>, kParts = kChunk / kVec<T>, kHalves = kChunk == 8 ? 1 : 2;
   const ZbLayer& l = p.layer;
   const int taps = l.phase_taps(), halo = taps - 1;
-  const int columns = Tile::kColumns + halo, positions = (Tile::kRows + halo) * columns;
+  const Small columns(Tile::kColumns + halo), positions((Tile::kRows + halo) * columns.value);
   FISNET_DYN_SMEM(unsigned char, memory);
   T* const s_tile = reinterpret_cast<T*>(memory);
-  T* const weights = s_tile + positions * kPitch;
+  T* const weights = s_tile + positions.value * kPitch;
 
   const int first = l.padding / l.stride, last_y = (l.height - 1 + l.padding) / l.stride, last_x = (l.width - 1 + l.padding) / l.stride;
   const int across = (last_x - first) / Tile::kColumns + 1;
@@ -246,18 +258,27 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) zb_kernel(Zb
       const T* const from = static_cast<const T*>(p.packed) + static_cast<int64_t>(o0 / kChunk) * vectors * kVec<T>;
       for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kThreads) cp_async16(weights + i / kParts * kPitch + i % kParts * kVec<T>, from + i * kVec<T>, true);
       cp_async_commit();
-      for (int i = static_cast<int>(threadIdx.x); i < positions * (kChunk / W); i += kThreads) {
-        const Item item = item_of<W, kChunk>(l, i, qy0 - halo, qx0 - halo, positions, columns, o0);
-        A s[W] = {};
-        if (item.inside) {
-          A value[W], den[W];
-          load_denominators<T, W>(value, den, z, static_cast<const A*>(p.box), l, item, o0 + item.c, eps);
-          load<T, W>(s, g + item.at);
-          if (carrier && carrier != z) load<T, W>(value, carrier + item.at);
-          FISNET_UNROLL
-          for (int j = 0; j < W; ++j) s[j] = carrier ? s[j] * (value[j] / den[j]) : s[j] / den[j];
+      const int count = positions.value * (kChunk / W);
+      for (int i = static_cast<int>(threadIdx.x); i < count; i += kAhead * kThreads) {
+        Item item[kAhead];
+        A value[kAhead][W], den[kAhead][W], s[kAhead][W] = {};
+        FISNET_UNROLL
+        for (int k = 0; k < kAhead; ++k) {
+          item[k] = item_of<W, kChunk>(l, i + k * kThreads, qy0 - halo, qx0 - halo, positions, columns, o0);
+          if (i + k * kThreads >= count || !item[k].inside) continue;
+          load_denominators<T, W>(value[k], den[k], z, static_cast<const A*>(p.box), l, item[k], o0 + item[k].c, eps);
+          load<T, W>(s[k], g + item[k].at);
+          if (carrier && carrier != z) load<T, W>(value[k], carrier + item[k].at);
         }
-        store<T, W>(s_tile + item.slot * kPitch + item.c, s);
+        FISNET_UNROLL
+        for (int k = 0; k < kAhead; ++k) {
+          if (i + k * kThreads >= count) continue;
+          if (item[k].inside) {
+            FISNET_UNROLL
+            for (int j = 0; j < W; ++j) s[k][j] = carrier ? s[k][j] * (value[k][j] / den[k][j]) : s[k][j] / den[k][j];
+          }
+          store<T, W>(s_tile + item[k].slot * kPitch + item[k].c, s[k]);
+        }
       }
       cp_async_wait<0>();
       __syncthreads();
@@ -266,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) zb_kernel(Zb
         const int jy = tap / taps, jx = tap - jy * taps;
         const T* rows[MT];
         FISNET_UNROLL
-        for (int m = 0; m < MT; ++m) rows[m] = s_tile + ((row_of[m] + halo - jy) * columns + column_of[m] + halo - jx) * kPitch;
+        for (int m = 0; m < MT; ++m) rows[m] = s_tile + ((row_of[m] + halo - jy) * columns.value + column_of[m] + halo - jx) * kPitch;
         FISNET_UNROLL
         for (int k = 0; k < kChunk; k += 16) multiply<T, MT, NT, kHalves>(sum, rows, kPitch, k, k + 8, weights + tap * NT * 8 * kPitch + k, kPitch);
       }
@@ -307,7 +328,8 @@ struct ImageTile {
       : rows(l.stride * (out_rows - 1) + l.kernel), columns(l.stride * (out_columns - 1) + l.kernel),
         half((columns + l.stride - 1) / l.stride), pitch(half * l.stride) {}
   __host__ __device__ int slots() const { return rows * pitch; }
-  __device__ __forceinline__ int slot(int stride, int row, int column) const { return row * pitch + column % stride * half + column / stride; }
+  // strides are 1 and 2: the remainder and the quotient are a mask and a shift
+  __device__ __forceinline__ int slot(int stride, int row, int column) const { return row * pitch + (column & (stride - 1)) * half + (column >> (stride - 1)); }
 };
 
 // Fills c+ and c- of every pixel under the tile at (y0, x0), c+ = (x - l) R_bar and c- = (x - h) R_bar, interleaved by channel;
@@ -319,8 +341,9 @@ __device__ __forceinline__ void load_image(const ZbBackwardParams& p, const Imag
   const int64_t in_size = static_cast<int64_t>(l.c_in) * l.height * l.width;
   const T* const x = static_cast<const T*>(p.x) + map / l.maps * in_size;
   const T* const R_bar = static_cast<const T*>(p.R_bar) + map * in_size;
+  const Small columns(image.columns);
   for (int i = static_cast<int>(threadIdx.x); i < image.rows * image.columns; i += kThreads) {
-    const int row = i / image.columns, column = i - row * image.columns;
+    const int row = quotient(i, columns), column = i - row * image.columns;
     const int iy = y0 * l.stride - l.padding + row, ix = x0 * l.stride - l.padding + column;
     const bool inside = iy >= 0 && iy < l.height && ix >= 0 && ix < l.width;
     A both[8] = {}, own[8] = {};
@@ -470,14 +493,14 @@ template <typename T> struct WeightTile {
 // of which the finishing kernel makes W_bar and shift_bar. z_bar = -s u = -(g / den) R_out_bar, with or without carrier.
 //
 // As a matrix product: rows are output channels, columns 16 a tap, and the sum runs over positions. A block owns kOut output
-// channels, all taps, and every gridDim.y-th tile of positions; warp w owns taps w, w + 8, ... and keeps their sums in registers
-// from the first tile to the last. Shared memory, in T: s and z_bar of the tile, [position][channel], and the image under it.
-// Each slab leaves its sums in `partial`. Accumulates in float32 (float64 for float64). Deterministic.
-template <typename T, int W, int kTaps>
+// channels, all taps, and every gridDim.y-th tile of positions. Its 8 / kSplit groups of kSplit warps own every (8 / kSplit)-th tap,
+// the warps of a group every kSplit-th row of the tiles, and keep the sums in registers from the first tile to the last. Shared memory, in T: s and z_bar of the tile, [position][channel], and the image under it.
+// Each block and each part of the split leaves its sums in a slab of `partial`. Accumulates in float32 (float64 for float64). Deterministic.
+template <typename T, int W, int kTaps, int kSplit>
 __global__ void __launch_bounds__(kThreads, 1) zb_wgrad_kernel(ZbBackwardParams p) {
   using A = Acc<T>;
   using Tile = WeightTile<T>;
-  constexpr int MT = Tile::MT, kPitch = Tile::kOutPitch;
+  constexpr int MT = Tile::MT, kPitch = Tile::kOutPitch, kGroups = 8 / kSplit;
   const ZbLayer& l = p.layer;
   const ImageTile image(l, Tile::kRows, Tile::kColumns);
   FISNET_DYN_SMEM(unsigned char, memory);
@@ -487,13 +510,14 @@ __global__ void __launch_bounds__(kThreads, 1) zb_wgrad_kernel(ZbBackwardParams 
   const int plane = image.slots() * 8;
 
   const int tid = static_cast<int>(threadIdx.x), warp = tid >> 5, lane = tid & 31;
+  const int group = warp % kGroups, part = warp / kGroups;
   const int o0 = static_cast<int>(blockIdx.x) * Tile::kOut;
   const int across = (l.out_width + Tile::kColumns - 1) / Tile::kColumns, down = (l.out_height + Tile::kRows - 1) / Tile::kRows;
   const int64_t out_size = static_cast<int64_t>(l.c_out) * l.out_height * l.out_width, tiles = l.samples * l.maps * across * down;
   const A eps = static_cast<A>(p.eps);
   int tap_at[kTaps];
   FISNET_UNROLL
-  for (int t = 0; t < kTaps; ++t) tap_at[t] = image.slot(l.stride, (warp + 8 * t) / l.kernel, (warp + 8 * t) % l.kernel) * 8;
+  for (int t = 0; t < kTaps; ++t) tap_at[t] = image.slot(l.stride, (group + kGroups * t) / l.kernel, (group + kGroups * t) % l.kernel) * 8;
   A sum[kTaps][2][MT][4] = {};
 
   for (int64_t tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
@@ -504,30 +528,39 @@ __global__ void __launch_bounds__(kThreads, 1) zb_wgrad_kernel(ZbBackwardParams 
     const T* const z = static_cast<const T*>(p.z) + n * out_size;
     const T* const carrier = p.carrier ? static_cast<const T*>(p.carrier) + n * out_size : nullptr;
     __syncthreads();  // the tile before is used up
-    for (int i = tid; i < Tile::kPositions * (Tile::kOut / W); i += kThreads) {
-      const Item item = item_of<W, Tile::kOut>(l, i, y0, x0, Tile::kPositions, Tile::kColumns, o0);
-      A s[W] = {}, z_bar[W] = {};
-      if (item.inside) {
-        A value[W], den[W];
-        load_denominators<T, W>(value, den, z, static_cast<const A*>(p.box), l, item, o0 + item.c, eps);
-        load<T, W>(s, g + item.at);
-        load<T, W>(z_bar, g_bar + item.at);
-        if (carrier && carrier != z) load<T, W>(value, carrier + item.at);
-        FISNET_UNROLL
-        for (int j = 0; j < W; ++j) {
-          s[j] /= den[j];
-          z_bar[j] *= -s[j];
-          if (carrier) s[j] *= value[j];
-        }
+    constexpr int kCount = Tile::kPositions * (Tile::kOut / W), kTogether = kCount % (kAhead * kThreads) == 0 ? kAhead : 1;
+    static_assert(kCount % kThreads == 0, "every thread has as many vectors");
+    for (int i = tid; i < kCount; i += kTogether * kThreads) {
+      Item item[kTogether];
+      A value[kTogether][W], den[kTogether][W], s[kTogether][W] = {}, z_bar[kTogether][W] = {};
+      FISNET_UNROLL
+      for (int k = 0; k < kTogether; ++k) {
+        item[k] = item_of<W, Tile::kOut>(l, i + k * kThreads, y0, x0, Tile::kPositions, Tile::kColumns, o0);
+        if (!item[k].inside) continue;
+        load_denominators<T, W>(value[k], den[k], z, static_cast<const A*>(p.box), l, item[k], o0 + item[k].c, eps);
+        load<T, W>(s[k], g + item[k].at);
+        load<T, W>(z_bar[k], g_bar + item[k].at);
+        if (carrier && carrier != z) load<T, W>(value[k], carrier + item[k].at);
       }
-      store<T, W>(s_tile + item.slot * kPitch + item.c, s);
-      store<T, W>(z_tile + item.slot * kPitch + item.c, z_bar);
+      FISNET_UNROLL
+      for (int k = 0; k < kTogether; ++k) {
+        if (item[k].inside) {
+          FISNET_UNROLL
+          for (int j = 0; j < W; ++j) {
+            s[k][j] /= den[k][j];
+            z_bar[k][j] *= -s[k][j];
+            if (carrier) s[k][j] *= value[k][j];
+          }
+        }
+        store<T, W>(s_tile + item[k].slot * kPitch + item[k].c, s[k]);
+        store<T, W>(z_tile + item[k].slot * kPitch + item[k].c, z_bar[k]);
+      }
     }
     load_image<T>(p, image, map, y0, x0, planes, planes + plane);
     __syncthreads();
 
     const int rows = l.out_height - y0 < Tile::kRows ? l.out_height - y0 : Tile::kRows;
-    for (int row = 0; row < rows; ++row) {
+    for (int row = part; row < rows; row += kSplit) {
       const T* const pixels = planes + row * l.stride * image.pitch * 8;
       const T* const s = s_tile + row * 16 * kPitch;
       const T* const z_bar = z_tile + row * 16 * kPitch;
@@ -542,7 +575,7 @@ __global__ void __launch_bounds__(kThreads, 1) zb_wgrad_kernel(ZbBackwardParams 
         const T* const mine_b = pixels + (lane >> 4) * plane + ((lane >> 3 & 1) * 8 + (lane & 7)) * 8;
         FISNET_UNROLL
         for (int t = 0; t < kTaps; ++t) {
-          if (warp + 8 * t >= l.taps()) continue;
+          if (group + kGroups * t >= l.taps()) continue;
           uint32_t right[4];
           ldmatrix_x4_trans(right, mine_b + tap_at[t]);
           const uint32_t kind[2][2] = {{right[0], right[1]}, {right[2], right[3]}};
@@ -566,7 +599,7 @@ __global__ void __launch_bounds__(kThreads, 1) zb_wgrad_kernel(ZbBackwardParams 
           }
           FISNET_UNROLL
           for (int t = 0; t < kTaps; ++t) {
-            if (warp + 8 * t >= l.taps()) continue;
+            if (group + kGroups * t >= l.taps()) continue;
             FISNET_UNROLL
             for (int q = 0; q < 2; ++q) {
               const T* const b = pixels + q * plane + tap_at[t] + k * 8 + pair;
@@ -585,10 +618,10 @@ __global__ void __launch_bounds__(kThreads, 1) zb_wgrad_kernel(ZbBackwardParams 
     }
   }
 
-  A* const partial = static_cast<A*>(p.partial) + static_cast<int64_t>(blockIdx.y) * l.c_out * l.taps() * kZbSums;
+  A* const partial = static_cast<A*>(p.partial) + static_cast<int64_t>(static_cast<int>(blockIdx.y) * kSplit + part) * l.c_out * l.taps() * kZbSums;
   FISNET_UNROLL
   for (int t = 0; t < kTaps; ++t) {
-    const int tap = warp + 8 * t;
+    const int tap = group + kGroups * t;
     if (tap >= l.taps()) continue;
     FISNET_UNROLL
     for (int m = 0; m < MT; ++m) {
@@ -608,17 +641,17 @@ __global__ void __launch_bounds__(kThreads, 1) zb_wgrad_kernel(ZbBackwardParams 
 // convolution of constant images, so its share is the sum of z_bar over the positions where the tap is inside.
 // shift_bar = (1 - [b > 0] min l - [b < 0] max h) sum z_bar.
 // A block owns one weight position (tap = blockIdx.x, o = blockIdx.y): thread (j, i) adds sum i of every 16th slab, then the 16
-// parts are added in order. Deterministic.
+// parts are added in order, in double. Deterministic.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) zb_wgrad_finish_kernel(ZbBackwardParams p) {
   using A = Acc<T>;
-  FISNET_SHARED(A, part, kThreads);
+  FISNET_SHARED(double, part, kThreads);
   const ZbLayer& l = p.layer;
   const int tid = static_cast<int>(threadIdx.x), tap = static_cast<int>(blockIdx.x), o = static_cast<int>(blockIdx.y);
   const int64_t slab = static_cast<int64_t>(l.c_out) * l.taps() * kZbSums;
   const A* const from = static_cast<const A*>(p.partial) + (o * l.taps() + tap) * kZbSums + tid % kZbSums;
-  A total = 0;
-  for (int i = tid / kZbSums; i < p.slabs; i += kThreads / kZbSums) total += from[i * slab];
+  double total = 0;
+  for (int i = tid / kZbSums; i < p.slabs; i += kThreads / kZbSums) total += static_cast<double>(from[i * slab]);
   part[tid] = total;
   __syncthreads();
   if (tid < kZbSums) {
@@ -631,10 +664,10 @@ __global__ void __launch_bounds__(kThreads, 4) zb_wgrad_finish_kernel(ZbBackward
   if (tid < l.c_in) {
     const int at = (o * l.c_in + tid) * l.taps() + tap;
     const A w = to_acc(static_cast<const T*>(p.W)[at]);
-    A bar = part[8 + tid];
+    double bar = part[8 + tid];
     if (w > A(0)) bar += part[2 * tid] - low[tid] * part[12];
     if (w < A(0)) bar += part[2 * tid + 1] - high[tid] * part[12];
-    static_cast<T*>(p.W_bar)[at] = from_acc<T>(bar);
+    static_cast<T*>(p.W_bar)[at] = from_acc<T>(static_cast<A>(bar));
   }
   if (tid == 0 && tap == 0 && p.shift_bar) {
     A least = low[0], most = high[0];
@@ -643,7 +676,7 @@ __global__ void __launch_bounds__(kThreads, 4) zb_wgrad_finish_kernel(ZbBackward
       most = high[c] > most ? high[c] : most;
     }
     const A b = static_cast<const A*>(p.shift)[o];
-    static_cast<A*>(p.shift_bar)[o] = part[13] * (A(1) - (b > A(0) ? least : A(0)) - (b < A(0) ? most : A(0)));
+    static_cast<A*>(p.shift_bar)[o] = static_cast<A>(part[13] * (A(1) - (b > A(0) ? least : A(0)) - (b < A(0) ? most : A(0))));
   }
 }
 
@@ -678,10 +711,10 @@ int forward(const ZbParams& p, cudaStream_t stream) {
   }
 }
 
-template <typename T, int W, int kTaps>
+template <typename T, int W, int kTaps, int kSplit>
 int weight_gradient(const ZbBackwardParams& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.layer.c_out, WeightTile<T>::kOut)), static_cast<unsigned>(p.slabs));
-  return static_cast<int>(launch(zb_wgrad_kernel<T, W, kTaps>, grid, dim3(kThreads), WeightTile<T>::bytes(p.layer), stream, p));
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.layer.c_out, WeightTile<T>::kOut)), static_cast<unsigned>(p.slabs / kSplit));
+  return static_cast<int>(launch(zb_wgrad_kernel<T, W, kTaps, kSplit>, grid, dim3(kThreads), WeightTile<T>::bytes(p.layer), stream, p));
 }
 
 template <typename T, int W>
@@ -694,7 +727,11 @@ int backward(const ZbBackwardParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(l.out_height, Tile::kRows) * ceil_div(l.out_width, Tile::kColumns)), rows_of_grid(l.samples));
   error = static_cast<int>(launch(zb_backward_kernel<T, W>, grid, dim3(kThreads), Tile::bytes(l), stream, p));
   if (error || !p.W_bar) return error;
-  error = l.taps() <= 16 ? weight_gradient<T, W, 2>(p, stream) : l.taps() <= 32 ? weight_gradient<T, W, 4>(p, stream) : weight_gradient<T, W, 7>(p, stream);
+  // few taps: half of the warps for them, so that all have as many
+  error = l.taps() <= 12   ? weight_gradient<T, W, 3, 2>(p, stream)
+          : l.taps() <= 16 ? weight_gradient<T, W, 4, 2>(p, stream)
+          : l.taps() <= 32 ? weight_gradient<T, W, 4, 1>(p, stream)
+                           : weight_gradient<T, W, 7, 1>(p, stream);
   if (error) return error;
   return static_cast<int>(launch(zb_wgrad_finish_kernel<T>, dim3(static_cast<unsigned>(l.taps()), static_cast<unsigned>(l.c_out)), dim3(kThreads), 0, stream, p));
 }
@@ -703,7 +740,8 @@ int backward(const ZbBackwardParams& p, cudaStream_t stream) {
 int zb_slabs(const ZbLayer& l, int size) {
   const int rows = size == 8 ? WeightTile<double>::kRows : WeightTile<float>::kRows;
   const int64_t tiles = l.samples * l.maps * ceil_div(l.out_height, rows) * ceil_div(l.out_width, 16);
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(tiles, 264 / ceil_div(l.c_out, zb_rows(size)))));
+  const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(tiles, 264 / ceil_div(l.c_out, zb_rows(size))));
+  return static_cast<int>(blocks) * (l.taps() <= 16 ? 2 : 1);  // as `backward` splits
 }
 
 int launch_zb(const ZbParams& p, void* stream) {
@@ -711,8 +749,8 @@ int launch_zb(const ZbParams& p, void* stream) {
   const auto st = static_cast<cudaStream_t>(stream);
   return with_type(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool wide = p.layer.channels_last && p.layer.c_out % kVec<T> == 0 && aligned16(p.R_out, p.carrier, p.z, p.box);
-    return wide ? forward<T, kVec<T>>(p, st) : forward<T, 1>(p, st);
+    const bool wide = sizeof(T) < 8 && p.layer.channels_last && p.layer.c_out % kVec<T> == 0 && aligned16(p.R_out, p.carrier, p.z, p.box);
+    return wide ? forward<T, sizeof(T) < 8 ? kVec<T> : 1>(p, st) : forward<T, 1>(p, st);
   });
 }
 
@@ -721,8 +759,8 @@ int launch_zb_backward(const ZbBackwardParams& p, void* stream) {
   const auto st = static_cast<cudaStream_t>(stream);
   return with_type(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool wide = p.layer.channels_last && p.layer.c_out % kVec<T> == 0 && aligned16(p.R_out, p.carrier, p.z, p.R_out_bar, p.carrier_bar, p.box);
-    return wide ? backward<T, kVec<T>>(p, st) : backward<T, 1>(p, st);
+    const bool wide = sizeof(T) < 8 && p.layer.channels_last && p.layer.c_out % kVec<T> == 0 && aligned16(p.R_out, p.carrier, p.z, p.R_out_bar, p.carrier_bar, p.box);
+    return wide ? backward<T, sizeof(T) < 8 ? kVec<T> : 1>(p, st) : backward<T, 1>(p, st);
   });
 }
 
@@ -734,6 +772,6 @@ FISNET_KERNEL(zb_kernel<__nv_bfloat16, 8, 2, 3>);
 FISNET_KERNEL(zb_kernel<__nv_bfloat16, 8, 4, 1>);
 FISNET_KERNEL(zb_backward_kernel<float, 4>);
 FISNET_KERNEL(zb_backward_kernel<__nv_bfloat16, 8>);
-FISNET_KERNEL(zb_wgrad_kernel<float, 4, 7>);
-FISNET_KERNEL(zb_wgrad_kernel<__nv_bfloat16, 8, 7>);
+FISNET_KERNEL(zb_wgrad_kernel<float, 4, 7, 1>);
+FISNET_KERNEL(zb_wgrad_kernel<__nv_bfloat16, 8, 7, 1>);
 }  // namespace fisnet

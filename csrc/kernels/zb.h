@@ -52,7 +52,7 @@ inline int64_t zb_packed_backward(const ZbLayer& l, int size) {
   const int64_t chunks = (l.c_out + zb_columns(size) - 1) / zb_columns(size);
   return chunks * zb_columns(size) * zb_depth(l);
 }
-// Partial sums of the weight gradient: slabs of tiles, few enough that they stay small and enough to fill a GPU.
+// Slabs of partial sums of the weight gradient: few enough that they stay small, and enough blocks to fill a GPU.
 int zb_slabs(const ZbLayer& l, int size);
 inline int64_t zb_partial(const ZbLayer& l) { return static_cast<int64_t>(l.c_out) * l.taps() * kZbSums; }
 

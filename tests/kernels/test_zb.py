@@ -25,6 +25,8 @@ def layer(n, maps, c_in, c_out, size, kernel, stride, padding, dtype, device, la
     shift = 0.3 * randn(c_out, seed=3) if bias else None
     z = reference.fprop(x, W, shift, geometry)
     R_out, R_bar = randn(n * maps, *z.shape[1:], seed=4), randn(n * maps, *x.shape[1:], seed=5)
+    if dtype != torch.float64:  # then every sum is one of terms of one sign, and its error not a matter of luck
+        R_out, R_bar = R_out.abs(), R_bar.abs()
     carrier = z.relu()
     # sum W+ (x - l) may come near 0 on a corner of a zero-padded image, where no dtype has a digit left: stay away from it
     z = z + 0.5
@@ -35,20 +37,25 @@ def layer(n, maps, c_in, c_out, size, kernel, stride, padding, dtype, device, la
 
 def both_ways(R_bar, R_out, x, z, W, shift, low, high, geometry, carrier):
     """Forward and adjoint, each against the reference; returns all results."""
-    forward = against("zb", R_out, x, z, W, shift, low, high, EPS, geometry, carrier)[:1]
-    backward = against("zb_backward", R_bar, R_out, None, None, x, z, W, shift, low, high, EPS, geometry, True, False, carrier)
-    return *forward, *backward
+    R = against("zb", R_out, x, z, W, shift, low, high, EPS, geometry, carrier)[0]
+    return R, *against("zb_backward", R_bar, R_out, None, None, x, z, W, shift, low, high, EPS, geometry, True, False, carrier)
 
 
 def against(name, *args):
-    """`against_reference`, which compares what both return: the kernel keeps no ratios."""
+    """float64: the reference's numbers; other dtypes: at most twice its error (`against_reference`)."""
     kept = getattr(reference, name)
-    if name == "zb":
-        setattr(reference, name, lambda *a: (kept(*a)[0], None, None))
-    try:
+    if args[0].dtype == torch.float64:
+        got, want = run(name, *args), kept(*args)
+        for i, (g, w) in enumerate(zip(got, want)):
+            if g is not None:
+                close(g, w, what=f"{name}, result {i}")
+            else:
+                assert w is None or name == "zb"
+        return got
+    with pytest.MonkeyPatch.context() as patch:  # the kernel keeps no ratios
+        if name == "zb":
+            patch.setattr(reference, name, lambda *a: (kept(*a)[0], None, None))
         return against_reference(name, *args)
-    finally:
-        setattr(reference, name, kept)
 
 
 # ---- the shared cases ----------------------------------------------------------------------------------------------------
@@ -68,7 +75,8 @@ def test_shared(device, case, check):
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 def test_formula_of_every_geometry(device, kernel, stride, maps, check):
     named = {"stride": stride, "padding": kernel // 2, "maps": maps, "low": [-1.0, 0.0], "high": [1.0, 0.5]}
-    check(on(case("", 2, 2, 3, (8, 7), (kernel, kernel), **named), device))
+    # the sum that is the shift's gradient may come near 0, and its relative error anywhere
+    check(on(case("", 2, 2, 3, (8, 7), (kernel, kernel), bias=check is equals_formula, **named), device))
 
 
 # ---- sizes, dtypes, layouts ------------------------------------------------------------------------------------------------
