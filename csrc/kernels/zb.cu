@@ -497,7 +497,7 @@ template <typename T> struct WeightTile {
 // the warps of a group every kSplit-th row of the tiles, and keep the sums in registers from the first tile to the last. Shared memory, in T: s and z_bar of the tile, [position][channel], and the image under it.
 // Each block and each part of the split leaves its sums in a slab of `partial`. Accumulates in float32 (float64 for float64). Deterministic.
 template <typename T, int W, int kTaps, int kSplit>
-__global__ void __launch_bounds__(kThreads, 1) zb_wgrad_kernel(ZbBackwardParams p) {
+__global__ void __launch_bounds__(kThreads, kTaps == 3 && sizeof(T) < 8 ? 2 : 1) zb_wgrad_kernel(ZbBackwardParams p) {
   using A = Acc<T>;
   using Tile = WeightTile<T>;
   constexpr int MT = Tile::MT, kPitch = Tile::kOutPitch, kGroups = 8 / kSplit;
@@ -528,7 +528,7 @@ __global__ void __launch_bounds__(kThreads, 1) zb_wgrad_kernel(ZbBackwardParams 
     const T* const z = static_cast<const T*>(p.z) + n * out_size;
     const T* const carrier = p.carrier ? static_cast<const T*>(p.carrier) + n * out_size : nullptr;
     __syncthreads();  // the tile before is used up
-    constexpr int kCount = Tile::kPositions * (Tile::kOut / W), kTogether = kCount % (kAhead * kThreads) == 0 ? kAhead : 1;
+    constexpr int kCount = Tile::kPositions * (Tile::kOut / W), kTogether = kTaps > 3 && kCount % (kAhead * kThreads) == 0 ? kAhead : 1;
     static_assert(kCount % kThreads == 0, "every thread has as many vectors");
     for (int i = tid; i < kCount; i += kTogether * kThreads) {
       Item item[kTogether];

@@ -1,5 +1,7 @@
 """The z^B rule and its adjoint on the kernels: the shared cases, and what only a kernel can get wrong."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from common import DTYPES, against_reference, channels_last, on, opcheck, repeats, run, unaligned
@@ -15,8 +17,41 @@ SLOW = ("padded", "maps", "stem", "no-bias")
 LOW, HIGH = torch.tensor([-0.5, -0.6, -2.0, 0.0]).double(), torch.tensor([1.0, 1.1, 0.5, 3.0]).double()
 
 
-def layer(n, maps, c_in, c_out, size, kernel, stride, padding, dtype, device, layout=torch.Tensor.contiguous, bias=True):
-    """``(R_bar, R_out, x, z, W, shift, low, high, geometry, carrier)``: a layer with a ReLU, dead units among its outputs."""
+class Layer(NamedTuple):
+    """The operands of forward and adjoint."""
+
+    R_bar: torch.Tensor
+    R_out: torch.Tensor
+    x: torch.Tensor
+    z: torch.Tensor
+    W: torch.Tensor
+    shift: torch.Tensor | None
+    low: torch.Tensor
+    high: torch.Tensor
+    geometry: ops.Geometry
+    carrier: torch.Tensor | None
+    eps: float = EPS
+
+    @property
+    def forward(self) -> tuple:
+        return self.R_out, *self.rest, self.carrier
+
+    @property
+    def backward(self) -> tuple:
+        return self.R_bar, self.R_out, None, None, *self.rest, True, False, self.carrier
+
+    @property
+    def rest(self) -> tuple:
+        return self.x, self.z, self.W, self.shift, self.low, self.high, self.eps, self.geometry
+
+    def images(self, change) -> "Layer":
+        """With ``change(field, tensor)`` for every tensor of four axes."""
+        found = {k: v for k, v in self._asdict().items() if isinstance(v, torch.Tensor) and v.dim() == 4}
+        return self._replace(**{k: change(k, v) for k, v in found.items()})
+
+
+def layer(maps, c_in, c_out, size, kernel, stride, padding, dtype, device, layout=torch.Tensor.contiguous, bias=True, n=2):
+    """A layer with a ReLU behind it, dead units among its outputs."""
     geometry = ops.conv_geometry(2, stride, padding, 1, 1)
     low, high = LOW[:c_in], HIGH[:c_in]
     x = low.view(-1, 1, 1) + (high - low).view(-1, 1, 1) * rand(n, c_in, *size, seed=1)
@@ -27,18 +62,14 @@ def layer(n, maps, c_in, c_out, size, kernel, stride, padding, dtype, device, la
     R_out, R_bar = randn(n * maps, *z.shape[1:], seed=4), randn(n * maps, *x.shape[1:], seed=5)
     if dtype != torch.float64:  # then every sum is one of terms of one sign, and its error not a matter of luck
         R_out, R_bar = R_out.abs(), R_bar.abs()
-    carrier = z.relu()
-    # sum W+ (x - l) may come near 0 on a corner of a zero-padded image, where no dtype has a digit left: stay away from it
-    z = z + 0.5
-    made = [None if t is None else t.to(device, dtype) for t in (R_bar, R_out, x, z, W, shift, low, high, carrier)]
-    made = [layout(t) if t is not None and t.dim() == 4 else t for t in made]
-    return (*made[:8], geometry, made[8])
+    # z' may come near 0 on a corner of a zero-padded image, where few digits are left: stay away from it
+    made = [None if t is None else t.to(device, dtype) for t in (R_bar, R_out, x, z + 0.5, W, shift, low, high, z.relu())]
+    return Layer(*made[:8], geometry, made[8]).images(lambda _, t: layout(t))
 
 
-def both_ways(R_bar, R_out, x, z, W, shift, low, high, geometry, carrier):
+def both_ways(known):
     """Forward and adjoint, each against the reference; returns all results."""
-    R = against("zb", R_out, x, z, W, shift, low, high, EPS, geometry, carrier)[0]
-    return R, *against("zb_backward", R_bar, R_out, None, None, x, z, W, shift, low, high, EPS, geometry, True, False, carrier)
+    return against("zb", *known.forward)[0], *against("zb_backward", *known.backward)
 
 
 def against(name, *args):
@@ -88,7 +119,7 @@ def test_every_padding(device, kernel, stride):
     """The constant images end at the border as the input does, also where the kernel is larger than the image."""
     for padding in range(kernel):
         for size in ((9, 8), (kernel, max(1, kernel - 2 * padding))):
-            both_ways(*layer(1, 1, 3, 2, size, kernel, stride, padding, torch.float64, device))
+            both_ways(layer(1, 3, 2, size, kernel, stride, padding, torch.float64, device, n=1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,59 +131,53 @@ def test_channels(device, c_in, stride, dtype):
         (1, 3, torch.Tensor.contiguous, True), (3, 1, channels_last, False), (17, 1, torch.Tensor.contiguous, False),
         (16, 2, channels_last, True), (40, 1, channels_last, True),
     ):  # fmt: skip
-        *known, carrier = layer(2, maps, c_in, c_out, (7, 6), 3, stride, 1, dtype, device, layout, bias=carried)
-        both_ways(*known, carrier if carried else None)
+        known = layer(maps, c_in, c_out, (7, 6), 3, stride, 1, dtype, device, layout, bias=carried)
+        both_ways(known if carried else known._replace(carrier=None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kernel", "stride"), [(7, 2), (3, 1)])
 def test_several_tiles(device, kernel, stride, dtype):
     """Images of several tiles with ragged ends, several chunks of channels, the stems' kernels."""
-    both_ways(*layer(1, 1, 3, 64 if dtype != torch.float64 else 10, (37, 41), kernel, stride, kernel // 2, dtype, device, channels_last))
+    c_out = 64 if dtype != torch.float64 else 10
+    both_ways(layer(1, 3, c_out, (37, 41), kernel, stride, kernel // 2, dtype, device, channels_last, n=1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layouts(device, dtype):
     """Operands of different layouts, slices, and pointers off a 16-byte boundary give what contiguous ones give."""
-    known = layer(2, 2, 3, 16, (6, 5), 3, 1, 1, dtype, device)
-    changes = [
-        lambda i, t: channels_last(t) if i % 2 else t,
-        lambda i, t: t if i % 2 else channels_last(t),
-        lambda i, t: unaligned(channels_last(t)),
-        lambda i, t: torch.cat([t, t])[::2][: t.shape[0]] if i < 2 else torch.stack([t, t], -1)[..., 0],
-    ]
-    for change in changes:
-        changed = [change(i, t) if isinstance(t, torch.Tensor) and t.dim() == 4 else t for i, t in enumerate(known)]
-        if change is changes[3]:
-            changed[0], changed[1] = known[0], known[1]
-        both_ways(*changed)
+    known = layer(2, 3, 16, (6, 5), 3, 1, 1, dtype, device)
+    for last in (("x", "R_out"), ("R_bar", "z", "W"), ("x", "carrier", "W")):
+        both_ways(known.images(lambda name, t, last=last: channels_last(t) if name in last else t))
+    both_ways(known.images(lambda _, t: unaligned(channels_last(t))))
+    both_ways(known.images(lambda _, t: torch.stack([t, t], -1)[..., 0]))
 
 
 def test_results_are_laid_out_like_operands(device):
     for layout in (torch.Tensor.contiguous, channels_last):
-        known = layer(2, 3, 3, 8, (6, 5), 3, 1, 1, torch.float32, device, layout)
-        R, R_out_bar, W_bar, *_ , carrier_bar = both_ways(*known)
-        assert R.stride() == known[0].stride() and R_out_bar.stride() == known[1].stride()
-        assert carrier_bar.stride() == known[3].stride() and W_bar.shape == known[4].shape
+        known = layer(3, 3, 8, (6, 5), 3, 1, 1, torch.float32, device, layout)
+        R, R_out_bar, *_, carrier_bar = both_ways(known)
+        assert R.stride() == known.R_bar.stride()
+        assert R_out_bar.stride() == known.R_out.stride()
+        assert carrier_bar.stride() == known.carrier.stride()
 
 
 def test_carrier_is_z(device):
     """A ReLU's output serves as both: it is read once, and nothing else changes."""
-    R_bar, R_out, x, z, W, shift, low, high, geometry, _ = layer(2, 2, 3, 8, (6, 5), 3, 2, 1, torch.float32, device)
-    once = both_ways(R_bar, R_out, x, z, W, shift, low, high, geometry, z)
-    twice = both_ways(R_bar, R_out, x, z, W, shift, low, high, geometry, z.clone())
-    assert all(torch.equal(a, b) for a, b in zip(once, twice) if a is not None)
+    known = layer(2, 3, 8, (6, 5), 3, 2, 1, torch.float32, device)
+    once, twice = both_ways(known._replace(carrier=known.z)), both_ways(known._replace(carrier=known.z.clone()))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(once, twice))
 
 
 def test_one_bound_for_all_channels(device):
-    R_bar, R_out, x, z, W, shift, low, high, geometry, carrier = layer(1, 1, 3, 4, (6, 5), 3, 1, 1, torch.float64, device)
-    both_ways(R_bar, R_out, x, z, W, shift, low[2:3], high[3:4], geometry, carrier)
+    known = layer(1, 3, 4, (6, 5), 3, 1, 1, torch.float64, device)
+    both_ways(known._replace(low=known.low[1:2], high=known.high[1:2]))
 
 
 def test_maps_are_separate(device):
-    R_bar, R_out, x, z, W, shift, low, high, geometry, carrier = layer(2, 3, 3, 4, (6, 5), 3, 1, 1, torch.float64, device)
-    one = over_maps(lambda r, x: run("zb", r, x, z, W, shift, low, high, EPS, geometry, carrier)[0], R_out, x)
-    close(run("zb", R_out, x, z, W, shift, low, high, EPS, geometry, carrier)[0], one)
+    known = layer(3, 3, 4, (6, 5), 3, 1, 1, torch.float64, device)
+    one = over_maps(lambda r, x: run("zb", r, *known.rest, known.carrier)[0], known.R_out, known.x)
+    close(run("zb", *known.forward)[0], one)
 
 
 # ---- corners ---------------------------------------------------------------------------------------------------------------
@@ -161,66 +186,65 @@ def test_maps_are_separate(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_of_zero(device, dtype):
     """A weight of exactly 0 is neither positive nor negative: its gradient is that of z alone."""
-    known = list(layer(2, 1, 3, 4, (6, 5), 3, 1, 1, dtype, device))
-    known[4][:, 1] = 0
-    known[4][1] = 0
-    known[5][2] = 0
-    both_ways(*known)
+    known = layer(1, 3, 4, (6, 5), 3, 1, 1, dtype, device)
+    known.W[:, 1] = 0
+    known.W[1] = 0
+    known.shift[2] = 0
+    both_ways(known)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zero_denominators(device, dtype):
     """No weights, x at a bound, no epsilon: 0 / 0 reads 0, and gradients are finite."""
-    R_bar, R_out, x, z, W, shift, low, high, geometry, carrier = layer(2, 2, 3, 4, (6, 5), 3, 1, 1, dtype, device)
-    x, z, W, low = (torch.zeros_like(t) for t in (x, z, W, low))
-    R, *_ = run("zb", R_out, x, z, W, None, low, high, 0.0, geometry)
-    assert not R.any()
-    args = (R_bar, R_out, None, None, x, z, W, None, low, high, 0.0, geometry, True, False)
-    for got, want in zip(run("zb_backward", *args), reference.zb_backward(*args)):
+    known = layer(2, 3, 4, (6, 5), 3, 1, 1, dtype, device)
+    zeros = {name: torch.zeros_like(getattr(known, name)) for name in ("x", "z", "W", "low")}
+    known = known._replace(**zeros, shift=None, carrier=None, eps=0.0)
+    assert not run("zb", *known.forward)[0].any()
+    for got, want in zip(run("zb_backward", *known.backward), reference.zb_backward(*known.backward)):
         assert got is want is None or torch.equal(got, want)
 
 
 def test_empty_batch(device):
-    known = [t[:0] if isinstance(t, torch.Tensor) and t.dim() == 4 and i != 4 else t
-             for i, t in enumerate(layer(2, 1, 3, 4, (6, 5), 3, 1, 1, torch.float32, device))]  # fmt: skip
-    R_bar, R_out, x, z, W, shift, low, high, geometry, carrier = known
-    assert run("zb", R_out, x, z, W, shift, low, high, EPS, geometry, carrier)[0].shape == x.shape
-    results = run("zb_backward", R_bar, R_out, None, None, x, z, W, shift, low, high, EPS, geometry, True, False, carrier)
-    assert results[0].shape == z.shape and not results[1].any() and not results[2].any()
+    known = layer(1, 3, 4, (6, 5), 3, 1, 1, torch.float32, device).images(lambda name, t: t if name == "W" else t[:0])
+    assert run("zb", *known.forward)[0].shape == known.x.shape
+    R_out_bar, W_bar, shift_bar, *_ = run("zb_backward", *known.backward)
+    assert R_out_bar.shape == known.z.shape
+    assert not W_bar.any()
+    assert not shift_bar.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_repeats(device, dtype):
     """Bitwise the same in every schedule, with several slabs of tiles in the weight gradient."""
-    R_bar, R_out, x, z, W, shift, low, high, geometry, carrier = layer(2, 2, 3, 20, (20, 21), 5, 1, 2, dtype, device)
-    args = (x, z, W, shift, low, high, EPS, geometry)
-    repeats(device, lambda: run("zb", R_out, *args, carrier)[:1])
-    repeats(device, lambda: run("zb_backward", R_bar, R_out, None, None, *args, True, False, carrier))
+    known = layer(2, 3, 20, (10, 21), 3, 1, 1, dtype, device, n=1)
+    repeats(device, lambda: run("zb", *known.forward)[:1])
+    repeats(device, lambda: run("zb_backward", *known.backward))
 
 
 def test_gradient_of_the_input(device):
     """Wanted by few: the reference computes it, from ratios made again."""
-    R_bar, R_out, x, z, W, shift, low, high, geometry, carrier = layer(2, 2, 3, 4, (6, 5), 3, 1, 1, torch.float64, device)
-    against("zb_backward", R_bar, R_out, None, None, x, z, W, shift, low, high, EPS, geometry, False, True, carrier)
+    known = layer(2, 3, 4, (6, 5), 3, 1, 1, torch.float64, device)
+    against("zb_backward", known.R_bar, known.R_out, None, None, *known.rest, False, True, known.carrier)
 
 
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
 def test_operators(device, layout):
-    R_bar, R_out, x, z, W, shift, low, high, geometry, carrier = layer(2, 2, 3, 8, (6, 5), 3, 2, 1, torch.float32, device, layout)
-    W = W.contiguous()
-    for b, c in ((shift, carrier), (None, None)):
-        opcheck("zb", R_out, x, z, W, b, low, high, EPS, 2, 1, c)
+    known = layer(2, 3, 8, (6, 5), 3, 2, 1, torch.float32, device, layout)
+    for shift, carrier in ((known.shift, known.carrier), (None, None)):
+        operands = known.x, known.z, known.W.contiguous(), shift, known.low, known.high, EPS, 2, 1
+        opcheck("zb", known.R_out, *operands, carrier)
         for need_W in (True, False):
-            opcheck("zb_backward", R_bar, R_out, x, z, W, b, low, high, EPS, 2, 1, need_W, c)
+            opcheck("zb_backward", known.R_bar, known.R_out, *operands, need_W, carrier)
 
 
 def test_autograd(device):
-    """Forward and backward through the op: what is saved, mixed dtypes, only some gradients asked for."""
-    R_bar, R_out, x, z, W, shift, low, high, geometry, carrier = layer(2, 2, 3, 4, (6, 5), 3, 1, 1, torch.float64, device)
-    inputs = [t.detach().clone().requires_grad_() for t in (R_out, W, shift, carrier)]
+    """Forward and backward through the op, with a carrier."""
+    known = layer(2, 3, 4, (6, 5), 3, 1, 1, torch.float64, device)
+    inputs = [t.detach().clone().requires_grad_() for t in (known.R_out, known.W, known.shift, known.carrier)]
 
     def gradients(backend):
-        R = ops.zb(inputs[0], x, z, inputs[1], inputs[2], low, high, EPS, geometry, inputs[3], backend=backend)
+        R_out, W, shift, carrier = inputs
+        R = ops.zb(R_out, known.x, known.z, W, shift, known.low, known.high, EPS, known.geometry, carrier, backend=backend)
         return [R.detach(), *grads(R, inputs)]
 
     for got, want in zip(gradients("auto"), gradients("reference")):
@@ -264,7 +288,8 @@ def test_plan_says_what_is_served(device):
 
 
 def test_images_of_bounds_run_the_reference(device):
-    R_bar, R_out, x, z, W, shift, low, high, geometry, carrier = layer(2, 1, 3, 4, (6, 5), 3, 1, 1, torch.float64, device)
-    images = [b.view(1, 3, 1, 1).expand(1, 3, 6, 5).contiguous() for b in (low, high)]
-    got = ops.zb(R_out, x, z, W, shift, *images, EPS, geometry)
-    close(got, ops.zb(R_out, x, z, W, shift, low, high, EPS, geometry))
+    known = layer(1, 3, 4, (6, 5), 3, 1, 1, torch.float64, device)
+    images = {name: getattr(known, name).view(1, 3, 1, 1).expand(1, 3, 6, 5) for name in ("low", "high")}
+    got = run("zb", *known._replace(**images).forward)
+    assert got[1] is not None, "the reference keeps its ratios"
+    close(got[0], run("zb", *known.forward)[0])
