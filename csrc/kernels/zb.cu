@@ -383,7 +383,7 @@ template <typename T> struct BackwardTile {
     const int size = static_cast<int>(sizeof(T)), weights = size * kOut * (zb_depth(l) + kVec<T>);
     return size * 8 * ImageTile(l, kRows, kColumns).slots() + (weights > kProductBytes ? weights : kProductBytes);
   }
-  static size_t bytes(const ZbLayer& l) { return static_cast<size_t>(bytes_before_sums(l) + (l.maps > 1 ? kProductBytes : 0)); }
+  static size_t bytes(const ZbLayer& l) { return static_cast<size_t>(bytes_before_sums(l) + (sizeof(T) == 2 && l.maps > 1 ? kProductBytes : 0)); }
 };
 
 // s_bar = W+ c+ + W- c-,  u = s_bar / den;  R_out_bar = carrier u,  carrier_bar = sum_k g u   (without carrier: R_out_bar = u).
@@ -391,13 +391,15 @@ template <typename T> struct BackwardTile {
 // As a matrix product: rows are output positions, columns output channels, and the sum runs over (tap, channel, sign), 8 a tap.
 // A block owns a tile of 16 x 16 positions (8 x 16 for double) of one sample and goes through chunks of output channels and the
 // K maps; a warp owns MT rows of 16 positions, and in the pointwise part a thread owns vectors of W channels, the same ones for
-// every map. Shared memory: the image under the tile; the chunk's weights, which then give way to s_bar; and, for K > 1, the sum
-// of carrier_bar over the maps. Accumulates in float32 (float64 for float64). Deterministic.
+// every map. Shared memory: the image under the tile; the chunk's weights, which then give way to s_bar; and, for K > 1 and 2-byte
+// types, the sum of carrier_bar over the maps (wider types add it up where it is written). Accumulates in float32 (float64 for
+// float64). Deterministic.
 template <typename T, int W>
 __global__ void __launch_bounds__(kThreads, 2) zb_backward_kernel(ZbBackwardParams p) {
   using A = Acc<T>;
   using Tile = BackwardTile<T>;
   constexpr int MT = Tile::MT, NT = Tile::kOut / 8;
+  constexpr bool kSumsApart = sizeof(T) == 2;
   const ZbLayer& l = p.layer;
   const ImageTile image(l, Tile::kRows, Tile::kColumns);
   const int depth = zb_depth(l), pitch = depth + kVec<T>, parts = depth / kVec<T>;
@@ -463,14 +465,23 @@ __global__ void __launch_bounds__(kThreads, 2) zb_backward_kernel(ZbBackwardPara
             A carrier_bar[W];
             load<T, W>(carrier_bar, static_cast<const T*>(p.R_out) + map * out_size + item.at);
             if (carrier != z) load<T, W>(value, carrier + item.at);
+            T* const to = static_cast<T*>(p.carrier_bar) + n * out_size + item.at;
+            A before[W] = {};
+            if (k > 0) {
+              if constexpr (kSumsApart) {
+                FISNET_UNROLL
+                for (int j = 0; j < W; ++j) before[j] = over_maps[mine + j];
+              } else {
+                load<T, W>(before, to);
+              }
+            }
             FISNET_UNROLL
             for (int j = 0; j < W; ++j) {
-              carrier_bar[j] *= u[j];
+              carrier_bar[j] = carrier_bar[j] * u[j] + before[j];
               u[j] *= value[j];
-              if (k > 0) carrier_bar[j] += over_maps[mine + j];
-              if (k < l.maps - 1) over_maps[mine + j] = carrier_bar[j];
+              if (kSumsApart && k < l.maps - 1) over_maps[mine + j] = carrier_bar[j];
             }
-            if (k == l.maps - 1) store<T, W>(static_cast<T*>(p.carrier_bar) + n * out_size + item.at, carrier_bar);
+            if (!kSumsApart || k == l.maps - 1) store<T, W>(to, carrier_bar);
           }
           store<T, W>(static_cast<T*>(p.R_out_bar) + map * out_size + item.at, u);
         }

@@ -13,7 +13,7 @@ import fisnet_cuda as fc
 from fisnet_cuda import _backend, ops, reference
 
 EPS = 0.01
-SLOW = ("padded", "maps", "stem", "no-bias")
+SLOW = ("plain", "padded", "maps", "stem", "no-bias")
 LOW, HIGH = torch.tensor([-0.5, -0.6, -2.0, 0.0]).double(), torch.tensor([1.0, 1.1, 0.5, 3.0]).double()
 
 
