@@ -191,7 +191,8 @@ class _Normaliser(Reader):
             geometry = geometry._replace(padding=tuple(t // 2 for t in totals))
             if any(t % 2 for t in totals):  # as PyTorch: the odd one goes to the far end
                 x = self.padded(x, name or self.at, tuple(v for t in reversed(totals) for v in (0, t % 2)), "constant")
-        return self.add("conv", (x,), name=name, weight=weight, bias=bias, geometry=geometry)
+        shape = tuple(self.look_up(weight.path).shape) if isinstance(weight, Param) else None
+        return self.add("conv", (x,), name=name, weight=weight, bias=bias, geometry=geometry, shape=shape)
 
     def check_weights(self, op: str, *weights: Any) -> None:
         """Weights are parameters, or computed from parameters alone."""

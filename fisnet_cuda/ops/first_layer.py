@@ -15,18 +15,21 @@ class _ZB(torch.autograd.Function):
     @staticmethod
     def forward(ctx, R_out, x, z, W, shift, low, high, eps, geometry, carrier, backend):
         R, s, den = kernel("zb", backend, R_out)(R_out, x, z, W, shift, low, high, eps, Geometry(*geometry), carrier)
-        ctx.save_for_backward(s, den, x, W, shift, low, high, carrier, None if carrier is None else R_out)
-        ctx.geometry, ctx.backend = geometry, backend
+        again = s is None  # the ratios were not kept: what they are made of is
+        kept_R = R_out if again or carrier is not None else None
+        ctx.save_for_backward(kept_R, s, den, x, z if again else None, W, shift, low, high, carrier)
+        ctx.eps, ctx.geometry, ctx.backend = eps, geometry, backend
         return R
 
     @staticmethod
     @once_differentiable
     def backward(ctx, R_bar):
-        s, den, x, W, shift, low, high, carrier, g = ctx.saved_tensors
+        R_out, s, den, x, z, W, shift, low, high, carrier = ctx.saved_tensors
         need = ctx.needs_input_grad
-        R_out_bar, W_bar, shift_bar, x_bar, carrier_bar = kernel("zb_backward", ctx.backend, s)(
-            R_bar, s, den, x, W, shift, low, high, Geometry(*ctx.geometry), need[3] or need[4], need[1], carrier, g
-        )
+        R_out_bar, W_bar, shift_bar, x_bar, carrier_bar = kernel("zb_backward", ctx.backend, R_bar)(
+            R_bar, R_out, s, den, x, z, W, shift, low, high, ctx.eps, Geometry(*ctx.geometry), need[3] or need[4], need[1],
+            carrier,
+        )  # fmt: skip
         return R_out_bar, x_bar, None, W_bar, shift_bar, None, None, None, None, carrier_bar, None
 
 

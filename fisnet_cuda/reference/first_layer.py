@@ -53,24 +53,8 @@ def _wgrad_pair(x_plus: Tensor, x_minus: Tensor, s: Tensor, W: Tensor, geometry:
     return wgrad(torch.cat([x_plus, x_minus], axis), s, torch.cat([W, W], 1), geometry).chunk(2, 1)
 
 
-def zb(
-    R_out: Tensor,  # [N*K, C_out, ...]
-    x: Tensor,  # [N, C_in, ...]
-    z: Tensor,  # [N, C_out, ...]
-    W: Tensor,  # [C_out, C_in/groups, ...]
-    shift: Tensor | None,  # [C_out]
-    low: Tensor,  # [C_in] or [1]
-    high: Tensor,  # [C_in] or [1]
-    eps: float,
-    geometry: Geometry,
-    carrier: Tensor | None = None,  # [N, C_out, ...]
-) -> tuple[Tensor, Tensor, Tensor]:  # ([N*K, C_in, ...], [N*K, C_out, ...], [N, C_out, ...])
-    """``R = (x - l) W+^T s + (x - h) W-^T s``, ``s = R_out / (z' + e sign z')``; returns ``(R, s, denominator)``.
-
-    ``z' = z - (W+ l + b+ min l) - (W- h + b- max h)``, with ``W``, ``shift`` (= b) after folding BatchNorm, and ``z`` the
-    pre-activation ``W x + b``, needed only where ``R_out`` is not 0 (so the output of a ReLU will do). With ``carrier``,
-    ``R_out`` is relevance per unit of it: the product is taken here.
-    """
+def _ratio(R_out, x, z, W, shift, low, high, eps, geometry, carrier) -> tuple[Tensor, Tensor]:
+    """``(s, denominator)`` of `zb`."""
     box = _fprop_pair(_image(low, x), _image(high, x), W, geometry)
     if shift is not None:
         bound = shift.clamp(min=0) * low.min() + shift.clamp(max=0) * high.max()
@@ -88,7 +72,29 @@ def zb(
         # `work` is a map of the right size that nobody needs any more
         R_k, share = per_sample(R_out, torch.div(carrier, den, out=reuse(work) if work is not den else None))
         s = share.mul_(R_k) if share.shape == R_k.shape and share.dtype == R_k.dtype else share * R_k
-    s = fold_maps(s, den)
+    return fold_maps(s, den), den
+
+
+def zb(
+    R_out: Tensor,  # [N*K, C_out, ...]
+    x: Tensor,  # [N, C_in, ...]
+    z: Tensor,  # [N, C_out, ...]
+    W: Tensor,  # [C_out, C_in/groups, ...]
+    shift: Tensor | None,  # [C_out]
+    low: Tensor,  # [C_in] or [1]
+    high: Tensor,  # [C_in] or [1]
+    eps: float,
+    geometry: Geometry,
+    carrier: Tensor | None = None,  # [N, C_out, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # ([N*K, C_in, ...], [N*K, C_out, ...], [N, C_out, ...])
+    """``R = (x - l) W+^T s + (x - h) W-^T s``, ``s = R_out / (z' + e sign z')``; returns ``(R, s, denominator)``.
+
+    ``z' = z - (W+ l + b+ min l) - (W- h + b- max h)``, with ``W``, ``shift`` (= b) after folding BatchNorm, and ``z`` the
+    pre-activation ``W x + b``, needed only where ``R_out`` is not 0 (so the output of a ReLU will do). With ``carrier``,
+    ``R_out`` is relevance per unit of it: the product is taken here. An implementation that would rather compute ``s`` and
+    the denominator twice than keep them returns None for both.
+    """
+    s, den = _ratio(R_out, x, z, W, shift, low, high, eps, geometry, carrier)
     c_plus, c_minus = _dgrad_pair(s, W, geometry, tuple(x.shape[2:]))
     (c_plus_k, x_k), (c_minus_k, _) = per_sample(c_plus, x), per_sample(c_minus, x)
     R = torch.addcmul((x_k - _bound(low, x)) * c_plus_k, x_k - _bound(high, x), c_minus_k)
@@ -97,23 +103,28 @@ def zb(
 
 def zb_backward(
     R_bar: Tensor,  # [N*K, C_in, ...]
-    s: Tensor,  # [N*K, C_out, ...]
-    den: Tensor,  # [N, C_out, ...]
+    R_out: Tensor | None,  # [N*K, C_out, ...]
+    s: Tensor | None,  # [N*K, C_out, ...]
+    den: Tensor | None,  # [N, C_out, ...]
     x: Tensor,  # [N, C_in, ...]
+    z: Tensor | None,  # [N, C_out, ...]
     W: Tensor,  # [C_out, C_in/groups, ...]
     shift: Tensor | None,  # [C_out]
     low: Tensor,  # [C_in] or [1]
     high: Tensor,  # [C_in] or [1]
+    eps: float,
     geometry: Geometry,
     need_W: bool = True,
     need_x: bool = False,
     carrier: Tensor | None = None,  # [N, C_out, ...]
-    g: Tensor | None = None,  # [N*K, C_out, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """``(R_out_bar, W_bar, shift_bar, x_bar, carrier_bar)``, the adjoint of `zb`, ``z`` differentiated as ``W x + b``.
 
-    With a ``carrier``, ``g`` is what `zb` got as ``R_out`` and the first result is its gradient.
+    Operands are those of `zb`, with the ratios it returned; None for them says that they are to be computed again.
+    ``R_out`` is read only then, and with a ``carrier``; ``z`` only then. Both may be None where they are not read.
     """
+    if s is None or den is None:
+        s, den = _ratio(R_out, x, z, W, shift, low, high, eps, geometry, carrier)
     R_bar_k, x_k = per_sample(R_bar, x)
     c_plus_bar, c_minus_bar = (x_k - _bound(low, x)) * R_bar_k, (x_k - _bound(high, x)) * R_bar_k
     if c_plus_bar.dim() > x.dim():
@@ -124,7 +135,7 @@ def zb_backward(
     W_bar = shift_bar = x_bar = carrier_bar = None
     if carrier is not None:
         u, carrier_k = per_sample(R_out_bar, carrier)
-        carrier_bar = sum_over_maps(per_sample(g, carrier)[0] * u, carrier)
+        carrier_bar = sum_over_maps(per_sample(R_out, carrier)[0] * u, carrier)
         R_out_bar = u * carrier_k
         R_out_bar = fold_maps(R_out_bar, carrier)
     if need_W:

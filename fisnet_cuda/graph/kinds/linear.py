@@ -71,7 +71,8 @@ def _zb(b, index, node, stream, rule) -> None:
     behind_relu = len(users) == 1 and b.graph.nodes[users[0]].kind == "relu" and not stream.of_form(users[0], "R")
     z = users[0] if behind_relu else out
     low, high = b.bounds(node.inputs[0], rule.low, rule.high)
-    operands = (R, Slot(node.inputs[0]), Slot(z), W, shift, low, high, float(rule.eps), node.attrs["geometry"])
+    geometry, shape = node.attrs["geometry"], node.attrs.get("shape")
+    operands = (R, Slot(node.inputs[0]), Slot(z), W, shift, low, high, float(rule.eps), geometry, shape)
     heatmap = b.emit(node.name, rule, "zb", _zb_with_bounds, operands, kernel="zb", backend=b.backend)
     stream.give(node.inputs[0], "R", heatmap)
 
@@ -179,7 +180,8 @@ def _with_bias(P, shift, geometry):
     return P if shift is None else P + rule_ops.channel_bias(shift.clamp(min=0), geometry)
 
 
-def _zb_with_bounds(R, x, z, W, shift, low, high, eps, geometry, carrier=None, backend="auto"):
+def _zb_with_bounds(R, x, z, W, shift, low, high, eps, geometry, shape=None, carrier=None, backend="auto"):
+    """`ops.zb`; ``shape``, that of the weight where it is known, tells the plan whether a kernel serves the layer."""
     return ops.zb(R, x, z, W, shift, _bound(low, x), _bound(high, x), eps, geometry, carrier, backend=backend)
 
 
