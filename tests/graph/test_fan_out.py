@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fisnet_cuda as fc
 from fisnet_cuda.graph import program
-from fisnet_cuda.graph.fan_out import MOST, fan_out
+from fisnet_cuda.graph.fan_out import JOINS, fan_out
 from fisnet_cuda.graph.ir import Instr, Slot, slots_in
 
 VARIANTS = ("original", "selective", "stochastic", "dual")
@@ -110,9 +110,9 @@ def test_every_alias_has_one_reader(variant):
         assert any(copies(i) > 1 for i in made)
         for instr in made:
             aliases = instr.outs[3:]
-            assert len(aliases) == copies(instr) - 1 < MOST
+            assert len(aliases) == copies(instr) - 1 < JOINS["bn_act"]
             assert all(readers.count(slot) == 1 for slot in aliases)
-            if copies(instr) < MOST:
+            if copies(instr) < JOINS["bn_act"]:
                 seen = [i for i in instructions(found) if instr.outs[0] in slots_in(i.operands) and i.op not in ("size", "shape")]
                 assert len(seen) <= 1
 
@@ -122,6 +122,15 @@ def test_aliases_of_a_block():
     first, second = producers(net())
     assert (first.op, copies(first)) == ("bn_relu", 3)
     assert (second.op, copies(second)) == ("bn_add_relu", 2)
+
+
+def test_aliases_of_relevance():
+    """What the block's last ReLU hands on goes through its convolutions and past them: two readers of one ``s``."""
+    ops = [("stem", nn.Conv2d(3, 4, 3), "x"), ("relu0", nn.ReLU(), "stem"), ("conv", nn.Conv2d(4, 4, 3, 1, 1), "relu0"), ("add", "add", ("conv", "relu0")), ("relu1", nn.ReLU(), "add"),
+           ("conv1", nn.Conv2d(4, 4, 3), "relu1"), ("relu2", nn.ReLU(), "conv1"), ("flat", "flatten", "relu2"),
+           ("head", nn.Linear(4 * 25, 3), "flat")]  # fmt: skip
+    found = [i for i in instructions(net(ops)) if i.kernel == "phi_scale" and copies(i) > 1]
+    assert [(i.layer, len(i.outs)) for i in found] == [("relu1", 2)]
 
 
 def test_supervised_layers_and_logits_keep_their_slots():
