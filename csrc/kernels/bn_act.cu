@@ -57,6 +57,7 @@ __device__ __forceinline__ Acc<T> origin(const BnStatisticsParams& p, int c) {
 // partial[slab] = the moments of every channel, about its first value, by Welford's algorithm.
 // Blocks own channels and slabs as in device/channels.cuh; a thread W elements at a time. Shared memory holds the threads'
 // moments, merged as a tree. Accumulates in float32 (float64 for float64). Deterministic.
+// no 16-byte stores: a block leaves one moment a channel
 template <typename T, int W>
 __global__ void __launch_bounds__(kThreads, 4) bn_moments_kernel(BnStatisticsParams p) {
   using A = Acc<T>;
@@ -144,6 +145,7 @@ constexpr int kFinishX = 8, kFinishY = 32;
 
 // mean, rstd = 1 / sqrt(var + eps) with var = M2 / n, and the running statistics with M2 / (n - 1).
 // A thread merges every kFinishY-th slab, a tree in shared memory the threads of a channel. In float64. Deterministic.
+// no 16-byte loads and stores: a few kilobytes of partial moments, one channel a thread
 template <typename T>
 __global__ void __launch_bounds__(kFinishX * kFinishY) bn_finish_kernel(BnStatisticsParams p) {
   using A = Acc<T>;
@@ -340,6 +342,7 @@ __global__ void __launch_bounds__(kThreads, kMost == 1 ? 3 : 2) bn_backward_sums
 
 // gbias = sum g; gweight = rstd sum g (x - mean); and what the second pass subtracts:
 // means = (sum g / n, rstd^2 sum g (x - mean) / n). Laid out as bn_finish_kernel. In float64. Deterministic.
+// no 16-byte loads and stores: a few kilobytes of partial sums, one channel a thread
 template <typename T>
 __global__ void __launch_bounds__(kFinishX * kFinishY) bn_backward_finish_kernel(BnBackwardParams p) {
   using A = Acc<T>;
@@ -490,6 +493,7 @@ FISNET_KERNEL(bn_moments_kernel<__nv_bfloat16, 8>);
 FISNET_KERNEL(bn_finish_kernel<float>);
 FISNET_KERNEL(bn_apply_kernel<float>);
 FISNET_KERNEL(bn_apply_kernel<__nv_bfloat16>);
+FISNET_KERNEL(bn_apply_flat_kernel<__nv_bfloat16, 8>);
 FISNET_KERNEL(bn_backward_sums_kernel<float, 4, 1>);
 FISNET_KERNEL(bn_backward_sums_kernel<float, 4, 4>);
 FISNET_KERNEL(bn_backward_sums_kernel<__nv_bfloat16, 8, 1>);

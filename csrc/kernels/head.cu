@@ -65,6 +65,7 @@ __device__ __forceinline__ int class_of(const int64_t* index, int k, int classes
 // start[k, j] = slope(P_c) (delta_jc - P_j), c = index[k]: the gradient of eta = log(P_c + t) - log(1 - P_c + t), P = softmax.
 // A block owns one sample at a time; its threads stride over the classes. Shared memory: one value a thread, for two sums.
 // Accumulates in float32 (float64 for float64). Deterministic.
+// no 16-byte loads and stores: rows of logits have any length, so their starts have any alignment
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 4) eta_start_kernel(EtaStartParams p) {
   using A = Acc<T>;
@@ -84,6 +85,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) eta_start_kernel(EtaStartParam
 // The adjoint, with D_k = sum_j start_bar[k, j] P_j and w_k = slope'(P_c) (start_bar[k, c] - D_k):
 //   P_bar_j = sum_k (delta_jc w_k - slope_k start_bar[k, j]),   logits_bar_j = P_j (P_bar_j - sum_i P_bar_i P_i).
 // Blocks and threads as above; each thread adds up the P_bar of its own classes over the maps, in order. Deterministic.
+// no 16-byte loads and stores: rows of logits have any length, so their starts have any alignment
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 4) eta_start_backward_kernel(EtaStartBackwardParams p) {
   using A = Acc<T>;
@@ -281,6 +283,7 @@ __global__ void __launch_bounds__(kTileX* kTileY, 2) pooled_phi_last_backward_ke
 }
 
 // The same for contiguous tensors: a warp owns one channel of one map, its lanes stride over the pixels and add as a tree.
+// no 16-byte loads and stores: contiguous planes of a global pool (7x7, 49 values) have any alignment
 template <typename T>
 __global__ void __launch_bounds__(kTileX* kTileY, 2) pooled_phi_backward_kernel(PooledPhiBackwardParams p) {
   using A = Acc<T>;

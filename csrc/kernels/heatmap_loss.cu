@@ -129,6 +129,7 @@ __device__ __forceinline__ void store_sums(const HeatmapLossParams& p, int64_t r
 // Shared memory: `capacity` keys and indices, 2048 counters, a counter a thread. Accumulates a few pixels at a time in
 // float32 (float64 for float64), their sums in float64; weights are float64. Deterministic: counters are integers, and the
 // sort gives one order whatever order items arrive in.
+// no 16-byte stores: a block leaves a few sums, and ranks scattered over its map
 template <typename T, int W>
 __global__ void __launch_bounds__(kRowThreads, sizeof(Acc<T>) == 8 ? 1 : 2) heatmap_row_kernel(HeatmapLossParams p, GwrpPlan plan) {
   using A = Acc<T>;
@@ -239,6 +240,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(Acc<T>) == 8 ? 1 : 2) heat
 }
 
 // The same for rows of at most 256 pixels: a warp owns a row and sorts all of it in shared memory.
+// no 16-byte loads and stores: maps of at most 256 pixels, a warp a map, of any alignment
 template <typename T>
 __global__ void __launch_bounds__(32 * kWarpRows) heatmap_warp_kernel(HeatmapLossParams p, GwrpPlan plan) {
   using A = Acc<T>;
@@ -265,6 +267,7 @@ __global__ void __launch_bounds__(32 * kWarpRows) heatmap_warp_kernel(HeatmapLos
 
 // ---- more than 4096 ranks: sorted chunks, merged in global memory ------------------------------------------------------------
 // A block sorts 4096 neighbouring pixels of a row in shared memory.
+// no 16-byte loads and stores: keys are made of a value and its mask and sorted in shared memory
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 2) heatmap_chunk_kernel(HeatmapLossParams p, GwrpPlan plan) {
   using A = Acc<T>;
@@ -291,6 +294,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) heatmap_chunk_kernel(HeatmapLo
 // Merges neighbouring sorted runs of `length` items of each row into runs twice as long; of every run, old and new, only the
 // first k items count. A thread owns an item: its new place is its own rank plus the number of items of the other run that
 // rank before it. `out_size` is the distance of the rows written. No shared memory. Deterministic.
+// no 16-byte loads and stores: a merge finds the place of every key by itself
 template <typename K>
 __global__ void __launch_bounds__(kMergeThreads) heatmap_merge_kernel(
     const K* __restrict__ key, const uint32_t* __restrict__ index, K* __restrict__ key_out, uint32_t* __restrict__ index_out, int pixels, int length, int k, int out_size) {
@@ -316,6 +320,7 @@ __global__ void __launch_bounds__(kMergeThreads) heatmap_merge_kernel(
 }
 
 // G of rows whose first k keys are sorted, [rows, k]: a block owns a row. Deterministic.
+// no 16-byte loads and stores: sorted keys are read in order, neighbouring threads neighbouring ranks
 template <typename A>
 __global__ void __launch_bounds__(kRowThreads) heatmap_weigh_kernel(const Key<A>* __restrict__ key, A* __restrict__ sums, Ranking ranking) {
   FISNET_SHARED(A, part, kRowThreads / 32);
@@ -350,6 +355,7 @@ __device__ __forceinline__ double foreground_of(int kind, double F, double c1, d
 // From the rows' sums to the losses and their slopes. With f = inside / (area + 1e-10) + 1e-10 the foreground mean and
 // q = G / (f E):  background = mean of log(1 + min(q, 1e7 - 1)), which is constant beyond.
 // A warp owns a sample. In float64: few numbers, of all magnitudes. Deterministic.
+// no 16-byte loads and stores: a handful of sums a sample
 template <typename A>
 __global__ void __launch_bounds__(32) heatmap_finish_kernel(HeatmapLossParams p) {
   constexpr double kEps = 1e-10, kMaxOdds = 1e7 - 1;

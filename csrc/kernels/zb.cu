@@ -171,6 +171,7 @@ __device__ __forceinline__ T signed_weight(const ZbLayer& l, const T* W, int o, 
 }
 
 // Lays W+ and W- out as the second operand of the products, and makes the table of boxes. One thread an element.
+// no 16-byte loads and stores: rearranges a few kilobytes of weights once
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) zb_pack_kernel(ZbParams p, int packed, int boxes) {
   const ZbLayer& l = p.layer;
@@ -190,6 +191,7 @@ __global__ void __launch_bounds__(kThreads, 4) zb_pack_kernel(ZbParams p, int pa
   }
 }
 
+// no 16-byte loads and stores: rearranges a few kilobytes of weights once
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) zb_pack_backward_kernel(ZbBackwardParams p, int packed, int boxes) {
   const ZbLayer& l = p.layer;
@@ -220,6 +222,7 @@ template <int MT> struct ForwardTile {
 // memory: s of the tile and its halo in T, [position][channel], 80 bytes each (no bank conflicts for ldmatrix), and the
 // chunk's weights. s is never written out: the backward makes it again from what it reads anyway.
 // Accumulates in float32 (float64 for float64). Deterministic.
+// no 16-byte stores in double: fragments end in one or two neighbouring channels
 template <typename T, int W, int MT, int NT>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) zb_kernel(ZbParams p) {
   using A = Acc<T>;
@@ -507,6 +510,7 @@ template <typename T> struct WeightTile {
 // channels, all taps, and every gridDim.y-th tile of positions. Its 8 / kSplit groups of kSplit warps own every (8 / kSplit)-th tap,
 // the warps of a group every kSplit-th row of the tiles, and keep the sums in registers from the first tile to the last. Shared memory, in T: s and z_bar of the tile, [position][channel], and the image under it.
 // Each block and each part of the split leaves its sums in a slab of `partial`. Accumulates in float32 (float64 for float64). Deterministic.
+// no 16-byte loads in double: the tiles of 8-byte elements are staged one by one
 template <typename T, int W, int kTaps, int kSplit>
 __global__ void __launch_bounds__(kThreads, kTaps == 3 && sizeof(T) < 8 ? 2 : 1) zb_wgrad_kernel(ZbBackwardParams p) {
   using A = Acc<T>;
@@ -653,6 +657,7 @@ __global__ void __launch_bounds__(kThreads, kTaps == 3 && sizeof(T) < 8 ? 2 : 1)
 // shift_bar = (1 - [b > 0] min l - [b < 0] max h) sum z_bar.
 // A block owns one weight position (tap = blockIdx.x, o = blockIdx.y): thread (j, i) adds sum i of every 16th slab, then the 16
 // parts are added in order, in double. Deterministic.
+// no 16-byte loads and stores: partial weight gradients, one weight a thread
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) zb_wgrad_finish_kernel(ZbBackwardParams p) {
   using A = Acc<T>;

@@ -216,16 +216,26 @@ def architectures(binary: Path) -> tuple[set[str], set[str]]:
 
 # ---- what the sources say of themselves --------------------------------------------------------------------------------------
 
-EXEMPTION = re.compile(r"^//\s*no 16-byte (loads and stores|loads|stores):\s*(.*)$")
+EXEMPTION = re.compile(r"^//\s*no 16-byte (loads and stores|loads|stores)( in double)?:\s*(.*)$")
 
 
 class Declared(NamedTuple):
-    """A kernel as its source declares it; exemptions are its comment's ``// no 16-byte loads: why`` lines."""
+    """A kernel as its source declares it; exemptions are its comment's ``// no 16-byte loads: why`` lines.
+
+    ``// no 16-byte loads in double: why`` exempts the instantiations that serve gradcheck only.
+    """
 
     name: str
     file: str
     no_loads: str
     no_stores: str
+    in_double: frozenset[str] = frozenset()  # of "loads", "stores"
+
+    def may_lack(self, what: str, kernel_family: str) -> bool:
+        """Whether instantiations of this family need no 16-byte ``what``."""
+        if what in self.in_double and "double" in kernel_family:
+            return True
+        return bool(self.no_loads if what == "loads" else self.no_stores)
 
 
 def declared(path: Path) -> list[Declared]:
@@ -239,11 +249,11 @@ def declared(path: Path) -> list[Declared]:
         above = text[: m.start()].splitlines()
         while above and above[-1].lstrip().startswith("template"):
             above.pop()
-        exempt = {}
+        exempt, in_double = {}, {}
         while above and above[-1].lstrip().startswith("//"):
             if says := EXEMPTION.match(above.pop().lstrip()):
-                exempt |= dict.fromkeys(says[1].split(" and "), says[2].strip())
-        found.append(Declared(name[1], path.name, exempt.get("loads", ""), exempt.get("stores", "")))
+                (in_double if says[2] else exempt).update(dict.fromkeys(says[1].split(" and "), says[3].strip()))
+        found.append(Declared(name[1], path.name, exempt.get("loads", ""), exempt.get("stores", ""), frozenset(in_double)))
     return found
 
 
