@@ -1,8 +1,8 @@
 """One output per consumer: where several instructions read a map, each reads an alias of its own.
 
 The Function that made the map then receives the gradients of its consumers apart, and one kernel joins them while it applies
-ReLU' and BN', or the adjoint of phi (no accumulation passes). The instructions ask for aliases on every backend; the reference gives the same
-tensor each time, which is free and lets autograd add the gradients as ever.
+ReLU' and BN', or the adjoint of phi (no accumulation passes). The instructions ask for aliases on every backend; the
+reference gives the same tensor each time, which is free and lets autograd add the gradients as ever.
 """
 
 from __future__ import annotations

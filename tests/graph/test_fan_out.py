@@ -126,9 +126,17 @@ def test_aliases_of_a_block():
 
 def test_aliases_of_relevance():
     """What the block's last ReLU hands on goes through its convolutions and past them: two readers of one ``s``."""
-    ops = [("stem", nn.Conv2d(3, 4, 3), "x"), ("relu0", nn.ReLU(), "stem"), ("conv", nn.Conv2d(4, 4, 3, 1, 1), "relu0"), ("add", "add", ("conv", "relu0")), ("relu1", nn.ReLU(), "add"),
-           ("conv1", nn.Conv2d(4, 4, 3), "relu1"), ("relu2", nn.ReLU(), "conv1"), ("flat", "flatten", "relu2"),
-           ("head", nn.Linear(4 * 25, 3), "flat")]  # fmt: skip
+    ops = [
+        ("stem", nn.Conv2d(3, 4, 3), "x"),
+        ("relu0", nn.ReLU(), "stem"),
+        ("conv", nn.Conv2d(4, 4, 3, 1, 1), "relu0"),
+        ("add", "add", ("conv", "relu0")),
+        ("relu1", nn.ReLU(), "add"),
+        ("conv1", nn.Conv2d(4, 4, 3), "relu1"),
+        ("relu2", nn.ReLU(), "conv1"),
+        ("flat", "flatten", "relu2"),
+        ("head", nn.Linear(4 * 25, 3), "flat"),
+    ]
     found = [i for i in instructions(net(ops)) if i.kernel == "phi_scale" and copies(i) > 1]
     assert [(i.layer, len(i.outs)) for i in found] == [("relu1", 2)]
 

@@ -4,7 +4,6 @@ import golden_nets
 import pytest
 import torch
 from helpers import GraphNet, error, rand, random_ops, randomise
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisnet_cuda as fc
@@ -38,7 +37,7 @@ def step(build, variant, device, backend, dtype=torch.float64, size=9, train=Tru
     x = rand(3, 3, size, size, seed=1).to(device, dtype).contiguous(memory_format=layout)
     masks = (rand(3, 1, size, size, seed=2) > 0.5).to(device, dtype)
     out = net(x, relevance=True)
-    total, parts = loss(out, torch.tensor([0, 1, 2], device=device), masks)
+    total, _ = loss(out, torch.tensor([0, 1, 2], device=device), masks)
     total.backward()
     results = {"logits": out.logits, "heatmaps": out.heatmaps, "loss": total}
     results |= {f"heatmap of {name}": value for name, value in out.hidden.items()}
@@ -64,7 +63,7 @@ def random_net(seed):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("seed", range(6))
 def test_random_networks(device, seed, variant, layout):
-    options = dict(train=seed % 2 == 0, layout=layout)
+    options = {"train": seed % 2 == 0, "layout": layout}
     want = step(random_net(seed), variant, device, "reference", **options)
     same(step(random_net(seed), variant, device, "auto", **options), want, EXACT)
 
@@ -75,7 +74,7 @@ def test_named_networks(device, name, variant):
     def build():
         return golden_nets.build(name)
 
-    options = dict(size=SIZE[name], layout=torch.channels_last)
+    options = {"size": SIZE[name], "layout": torch.channels_last}
     want = step(build, variant, device, "reference", **options)
     with Operators() as operators:
         got = step(build, variant, device, "auto", **options)
@@ -84,8 +83,14 @@ def test_named_networks(device, name, variant):
     assert "phi_scale_backward" in operators.seen or variant == "dual"
 
 
-@pytest.mark.parametrize("options", [dict(eps=Epsilon(1e-2, relative=True)), dict(first_layer="epsilon"), dict(rules="epsilon_plus")],
-                         ids=["relative", "no z^B", "epsilon-plus"])  # fmt: skip
+OPTIONS = {
+    "relative": {"eps": Epsilon(1e-2, relative=True)},
+    "no z^B": {"first_layer": "epsilon"},
+    "epsilon_plus": {"rules": "epsilon_plus"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(device, options):
     want = step(random_net(1), "selective", device, "reference", **options)
     same(step(random_net(1), "selective", device, "auto", **options), want, EXACT)
