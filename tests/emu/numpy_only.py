@@ -32,7 +32,7 @@ def check(emu, dtype, bound):
     rng = np.random.default_rng(0)
     acc = np.float64 if dtype == "f64" else np.float32
     a = bits(np.maximum(rng.standard_normal((N, 1, SIZE)), 0), dtype)
-    g, skip, rest, s_bar = (bits(rng.standard_normal((N, K, SIZE)), dtype) for _ in range(4))
+    g, skip, rest, s_bar, join = (bits(rng.standard_normal((N, K, SIZE)), dtype) for _ in range(5))
     scale = rng.standard_normal(C).astype(acc)
     sizes = {"dtype": dtype, "outer": N, "channels": C, "inner": INNER, "samples": N, "maps": K, "size": SIZE, "eps": 0.01}
     sizes |= {"eps_n": None, "a": a, "scale": scale}
@@ -47,8 +47,8 @@ def check(emu, dtype, bound):
     slabs = 1  # as ChannelGrid::of has it for tensors as small as these
     g_bar, a_bar, partial, scale_bar = nan_like(g), nan_like(a), nan_like(np.zeros((slabs, C), acc)), nan_like(scale)
     results = {"g_bar": g_bar, "a_bar": a_bar, "partial": partial, "scale_bar": scale_bar}
-    emu.launch("phi_scale_backward", s_bar=s_bar, s=s, slabs=slabs, **results, **sizes)
-    s64, s_bar64 = values(s, dtype), values(s_bar, dtype)
+    emu.launch("phi_scale_backward", s_bar=s_bar, join=join, s=s, slabs=slabs, **results, **sizes)
+    s64, s_bar64 = values(s, dtype), values(s_bar, dtype) + values(join, dtype)
     u = np.where(a64 == 0, 0, scale64 * s_bar64 / (a64 + 0.01))
     close(values(g_bar, dtype), a64 * u, bound, f"{dtype} g_bar")
     ratio = np.divide(s64, a64, out=np.zeros_like(s64), where=np.broadcast_to(a64, s64.shape) != 0)

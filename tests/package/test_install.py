@@ -141,7 +141,7 @@ def has_kernels(found, archs):
     assert (found["info"]["reason"], found["info"]["remedy"]) == ("", "")
     assert found["info"]["kernels_archs"] == archs
     assert re.fullmatch(r"\d+\.\d+\.\d+", found["info"]["kernels_cuda"])
-    assert {"phi_scale_kernel<float, 4>"} <= set(found["build_info"]["kernels"])
+    assert any(name.startswith("phi_scale_kernel<float, 4") for name in found["build_info"]["kernels"])
     assert "/" not in json.dumps(found["build_info"]), "no path of the machine that built it"
 
 
