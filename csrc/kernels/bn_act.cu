@@ -7,11 +7,14 @@ namespace fisnet {
 namespace {
 constexpr int kThreads = ChannelGrid::kThreads;
 
-// Vectors of every operand that a thread has under way together. An H100 needs some 14 KB under way a multiprocessor, better
-// twice that: what registers allow beside the per-channel values of 1024 threads, or of 512 with more vectors each.
+// Vectors of every operand that a thread has under way together, and blocks a multiprocessor. An H100 needs some 14 KB under way
+// a multiprocessor, better twice that. ChannelGrid makes 512 blocks where channels are few: one round of 4 blocks a
+// multiprocessor, or two of 2. With 3, most of the second round would stay empty.
 template <typename T> constexpr int kMomentsVectors = sizeof(T) == 8 ? 1 : 4;
 template <typename T> constexpr int kApplyVectors = sizeof(T) == 2 ? 2 : 1;
-template <typename T, int kMost> constexpr int kBackwardVectors = sizeof(T) == 8 ? 1 : kMost == 1 ? 4 : 2;
+template <typename T, int kMost> constexpr int kBackwardVectors = sizeof(T) == 8 ? 1 : (sizeof(T) == 2 ? 2 : 1) * (kMost == 1 ? 2 : 1);
+template <typename T> constexpr int kSumsBlocks = sizeof(T) == 4 ? 4 : 2;
+template <typename T, bool kBatchStatistics> constexpr int kGradBlocks = sizeof(T) == 8 || (sizeof(T) == 2 && kBatchStatistics) ? 2 : 4;
 
 // each_of_channel, V vectors at a time, so that the body can have the loads of all of them under way before it uses any: calls
 // f(offset, vectors) with V places in memory, and for the few that are left over with one (vectors::value is V or 1).
@@ -390,7 +393,7 @@ template <typename T, int W, int kMost> struct Joined {
 // Blocks own channels and slabs as in device/channels.cuh, a thread W elements at a time; shared memory holds the threads'
 // sums, added as a tree. Accumulates in float32 (float64 for float64). Deterministic.
 template <typename T, int W, int kMost>
-__global__ void __launch_bounds__(kThreads, 2) bn_backward_sums_kernel(BnBackwardParams p) {
+__global__ void __launch_bounds__(kThreads, kSumsBlocks<T>) bn_backward_sums_kernel(BnBackwardParams p) {
   using A = Acc<T>;
   A mean[W], sum[2][W] = {};
   load_channels<W>(p.planes, own_channel<W>(p.planes), p.mean, mean, A(0));
@@ -451,8 +454,8 @@ __global__ void __launch_bounds__(kFinishX * kFinishY) bn_backward_finish_kernel
 // Second pass: gx = scale (g - m1 - (x - mean) m2), scale = weight rstd, (m1, m2) = means; gx = scale g where the statistics
 // are constants. Blocks own channels and slabs, a thread W elements at a time. In float32 (float64 for float64). No shared
 // memory. Deterministic. gx may lie on g[0]: a thread reads an element before it writes it.
-template <typename T, int W, bool kBatchStatistics>
-__global__ void __launch_bounds__(kThreads, 2) bn_backward_x_kernel(BnBackwardParams p) {
+template <typename T, int W, bool kBatchStatistics, int kMost>
+__global__ void __launch_bounds__(kThreads, kGradBlocks<T, kBatchStatistics>) bn_backward_x_kernel(BnBackwardParams p) {
   using A = Acc<T>;
   A scale[W], weight[W], mean[W], m1[W], m2[W];
   const int first = own_channel<W>(p.planes);
@@ -465,8 +468,7 @@ __global__ void __launch_bounds__(kThreads, 2) bn_backward_x_kernel(BnBackwardPa
   }
   FISNET_UNROLL
   for (int i = 0; i < W; ++i) scale[i] *= weight[i];
-  constexpr int kMost = kBatchStatistics ? 1 : BnBackwardParams::kMostGrads;
-  each_batch_of_channel<W, kBackwardVectors<T, kMost>>(p.planes, [&](const auto& offset, auto vectors) {
+  each_batch_of_channel<W, kMost == 1 ? kBackwardVectors<T, 1> : 1>(p.planes, [&](const auto& offset, auto vectors) {
     Joined<T, W, kMost> in[vectors()];
     FISNET_UNROLL
     for (int v = 0; v < vectors(); ++v) in[v].fetch(p, offset[v], kBatchStatistics);
@@ -527,7 +529,8 @@ int backward(BnBackwardParams p, cudaStream_t stream) {
   }
   if (!p.gx) return 0;
   if (p.batch_statistics && (p.grads != 1 || !p.partial)) return static_cast<int>(cudaErrorInvalidValue);
-  const auto kernel = p.batch_statistics ? bn_backward_x_kernel<T, W, true> : bn_backward_x_kernel<T, W, false>;
+  const auto constant = p.grads == 1 ? bn_backward_x_kernel<T, W, false, 1> : bn_backward_x_kernel<T, W, false, BnBackwardParams::kMostGrads>;
+  const auto kernel = p.batch_statistics ? bn_backward_x_kernel<T, W, true, 1> : constant;
   return static_cast<int>(launch(kernel, over.grid, over.block, 0, stream, p));
 }
 }  // namespace
@@ -577,6 +580,6 @@ FISNET_KERNEL(bn_backward_sums_kernel<float, 4, 4>);
 FISNET_KERNEL(bn_backward_sums_kernel<__nv_bfloat16, 8, 1>);
 FISNET_KERNEL(bn_backward_sums_kernel<__nv_bfloat16, 8, 4>);
 FISNET_KERNEL(bn_backward_finish_kernel<float>);
-FISNET_KERNEL(bn_backward_x_kernel<float, 4, true>);
-FISNET_KERNEL(bn_backward_x_kernel<__nv_bfloat16, 8, true>);
+FISNET_KERNEL(bn_backward_x_kernel<float, 4, true, 1>);
+FISNET_KERNEL(bn_backward_x_kernel<__nv_bfloat16, 8, true, 1>);
 }  // namespace fisnet
