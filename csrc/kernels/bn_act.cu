@@ -453,7 +453,7 @@ __global__ void __launch_bounds__(kFinishX * kFinishY) bn_backward_finish_kernel
 
 // Second pass: gx = scale (g - m1 - (x - mean) m2), scale = weight rstd, (m1, m2) = means; gx = scale g where the statistics
 // are constants. Blocks own channels and slabs, a thread W elements at a time. In float32 (float64 for float64). No shared
-// memory. Deterministic. gx may lie on g[0]: a thread reads an element before it writes it.
+// memory. Deterministic. gx may lie on g[0]: a thread reads an element before it writes it. kMost as in Joined.
 template <typename T, int W, bool kBatchStatistics, int kMost>
 __global__ void __launch_bounds__(kThreads, kGradBlocks<T, kBatchStatistics>) bn_backward_x_kernel(BnBackwardParams p) {
   using A = Acc<T>;

@@ -210,7 +210,7 @@ __device__ __forceinline__ void pooled_phi_adjoint(const PooledPhiBackwardParams
     const Divisor<A> over(denominator(a[i], e));
     const A u = a[i] == A(0) ? A(0) : over(s_bar[i]);
     g_sum[i] += a[i] * u;
-    a_bar[i] += e * over(q[i]) * u;
+    a_bar[i] += over(a[i] == A(0) ? A(0) : e) * q[i] * u;
   }
   if (!p.z_plus) return;
   Raw<T, W> z_bar;
