@@ -1,19 +1,52 @@
 #include "bn_act.h"
 
 #include "../device/channels.cuh"
+#include "../device/maps.cuh"
 
 namespace fisnet {
 namespace {
 constexpr int kThreads = ChannelGrid::kThreads;
 
-// W elements as they lie in memory: 16 bytes, or one element. Loads are issued before any of them is converted, so that
-// a thread waits for memory once.
-template <typename T, int W> struct Raw { T part[1]; };
-template <typename T> struct alignas(16) Raw<T, kVec<T>> { T part[kVec<T>]; };
+// Vectors of every operand that a thread has under way together, and blocks a multiprocessor. An H100 needs some 14 KB under way
+// a multiprocessor, better twice that. ChannelGrid makes 512 blocks where channels are few: one round of 4 blocks a
+// multiprocessor, or two of 2. With 3, most of the second round would stay empty.
+template <typename T> constexpr int kMomentsVectors = sizeof(T) == 8 ? 1 : 4;
+template <typename T> constexpr int kApplyVectors = sizeof(T) == 2 ? 2 : 1;
+template <typename T, int kMost> constexpr int kBackwardVectors = sizeof(T) == 8 ? 1 : (sizeof(T) == 2 ? 2 : 1) * (kMost == 1 ? 2 : 1);
+template <typename T> constexpr int kSumsBlocks = sizeof(T) == 4 ? 4 : 2;
+template <typename T, bool kBatchStatistics> constexpr int kGradBlocks = sizeof(T) == 8 || (sizeof(T) == 2 && kBatchStatistics) ? 2 : 4;
 
-template <typename T, int W>
-__device__ __forceinline__ Raw<T, W> load_raw(const void* from, int64_t at) {
-  return *reinterpret_cast<const Raw<T, W>*>(static_cast<const T*>(from) + at);
+// each_of_channel, V vectors at a time, so that the body can have the loads of all of them under way before it uses any: calls
+// f(offset, vectors) with V places in memory, and for the few that are left over with one (vectors::value is V or 1).
+template <int W, int V, typename F>
+__device__ __forceinline__ void each_batch_of_channel(const Planes& p, F&& f) {
+  const auto sweep = [&](uint32_t at, uint32_t step, uint32_t count, auto&& place) {
+    for (; at + (V - 1) * step < count; at += V * step) {
+      int64_t offset[V];
+      FISNET_UNROLL
+      for (int v = 0; v < V; ++v) offset[v] = place(at + v * step);
+      f(offset, std::integral_constant<int, V>{});
+    }
+    if constexpr (V > 1) {
+      for (; at < count; at += step) {
+        const int64_t offset[1] = {place(at)};
+        f(offset, std::integral_constant<int, 1>{});
+      }
+    }
+  };
+  if (p.inner == 1) {
+    const int c = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) * W;
+    if (c >= p.channels) return;
+    sweep(blockIdx.y * blockDim.y + threadIdx.y, gridDim.y * blockDim.y, static_cast<uint32_t>(p.outer),
+          [&](uint32_t row) { return static_cast<int64_t>(row) * p.channels + c; });
+  } else {
+    const int c = static_cast<int>(blockIdx.x);
+    const uint32_t inner = static_cast<uint32_t>(p.inner);
+    sweep((blockIdx.y * blockDim.x + threadIdx.x) * W, gridDim.y * blockDim.x * W, static_cast<uint32_t>(p.outer) * inner, [&](uint32_t at) {
+      const uint32_t o = at / inner;
+      return (static_cast<int64_t>(o) * p.channels + c) * inner + (at - o * inner);
+    });
+  }
 }
 
 // The first of this thread's channels, as each_of_channel has it.
@@ -66,15 +99,21 @@ __global__ void __launch_bounds__(kThreads, 4) bn_moments_kernel(BnStatisticsPar
   A x0[W], mean[W] = {}, m2[W] = {}, count = 0;
   FISNET_UNROLL
   for (int i = 0; i < W; ++i) x0[i] = first < p.planes.channels ? origin<T>(p, inside ? first + i : first) : A(0);
-  each_of_channel<W>(p.planes, [&](uint32_t, int64_t offset, int) {
-    const Raw<T, W> raw = load_raw<T, W>(p.x, offset);
-    count += A(1);
-    const A share = A(1) / count;
+  each_batch_of_channel<W, kMomentsVectors<T>>(p.planes, [&](const auto& offset, auto vectors) {
+    A share[vectors()];  // before the loads: a division has branches, behind which the compiler would move a load to its use
     FISNET_UNROLL
-    for (int i = 0; i < W; ++i) {
-      const A x = to_acc(raw.part[i]) - x0[i], delta = x - mean[i];
-      mean[i] = fma(delta, share, mean[i]);
-      m2[i] = fma(delta, x - mean[i], m2[i]);
+    for (int v = 0; v < vectors(); ++v) share[v] = A(1) / (count += A(1));
+    Raw<T, W> raw[vectors()];
+    FISNET_UNROLL
+    for (int v = 0; v < vectors(); ++v) raw[v].fetch(static_cast<const T*>(p.x), offset[v]);
+    FISNET_UNROLL
+    for (int v = 0; v < vectors(); ++v) {
+      FISNET_UNROLL
+      for (int i = 0; i < W; ++i) {
+        const A x = raw[v][i] - x0[i], delta = x - mean[i];
+        mean[i] = fma(delta, share[v], mean[i]);
+        m2[i] = fma(delta, x - mean[i], m2[i]);
+      }
     }
   });
 
@@ -154,10 +193,21 @@ __global__ void __launch_bounds__(kFinishX * kFinishY) bn_finish_kernel(BnStatis
   const int tid = static_cast<int>(threadIdx.y) * kFinishX + static_cast<int>(threadIdx.x);
   Moments<double> own{};
   if (c < channels) {
-    for (int s = static_cast<int>(threadIdx.y); s < p.slabs; s += kFinishY) {
-      const A* const from = static_cast<const A*>(p.partial) + static_cast<int64_t>(s) * 4 * channels + c;
-      const double mean = static_cast<double>(from[channels]) + static_cast<double>(from[2 * channels]);
-      merge<double>(own, {static_cast<double>(from[0]), mean, 0.0, static_cast<double>(from[3 * channels])});
+    constexpr int kAhead = 4;  // slabs that are read together
+    for (int s = static_cast<int>(threadIdx.y); s < p.slabs; s += kFinishY * kAhead) {
+      A of[kAhead][4] = {};  // nothing behind the last slab
+      FISNET_UNROLL
+      for (int u = 0; u < kAhead; ++u) {
+        const A* const from = static_cast<const A*>(p.partial) + (static_cast<int64_t>(s) + u * kFinishY) * 4 * channels + c;
+        FISNET_UNROLL
+        for (int i = 0; i < 4; ++i)
+          if (s + u * kFinishY < p.slabs) of[u][i] = from[i * channels];
+      }
+      FISNET_UNROLL
+      for (int u = 0; u < kAhead; ++u) {
+        const double mean = static_cast<double>(of[u][1]) + static_cast<double>(of[u][2]);
+        merge<double>(own, {static_cast<double>(of[u][0]), mean, 0.0, static_cast<double>(of[u][3])});
+      }
     }
   }
   for (int half = kFinishY / 2; half; half /= 2) {
@@ -183,43 +233,46 @@ static_assert(kFinishX * kFinishY == kThreads, "the finishing kernels index shar
 // ---- forward -------------------------------------------------------------------------------------------------------------
 constexpr int kGroup = 8;  // elements a thread: one byte of the mask
 
-// kGroup elements by accesses of W; only the first `count` of them where that is fewer (and zeros behind).
-template <typename T, int W>
-__device__ __forceinline__ void load_group(Acc<T> (&v)[kGroup], const void* from, int64_t at, int count = kGroup) {
-  if (count >= kGroup) {
-    Raw<T, W> raw[kGroup / W];
-    FISNET_UNROLL
-    for (int j = 0; j < kGroup / W; ++j) raw[j] = load_raw<T, W>(from, at + j * W);
-    FISNET_UNROLL
-    for (int i = 0; i < kGroup; ++i) v[i] = to_acc(raw[i / W].part[i % W]);
-  } else {
-    FISNET_UNROLL
-    for (int i = 0; i < kGroup; ++i) v[i] = i < count ? to_acc(static_cast<const T*>(from)[at + i]) : Acc<T>(0);
+// kGroup elements in accesses of W.
+template <typename T, int W> struct Group {
+  Raw<T, W> raw[kGroup / W];
+
+  // Only the first `count` of them where that is fewer (and zeros behind).
+  __device__ __forceinline__ void fetch(const void* from, int64_t at, int count = kGroup) {
+    const T* const x = static_cast<const T*>(from);
+    if (count >= kGroup) {
+      FISNET_UNROLL
+      for (int j = 0; j < kGroup / W; ++j) raw[j].fetch(x, at + j * W);
+    } else if (x) {
+      FISNET_UNROLL
+      for (int i = 0; i < kGroup; ++i) set(i, i < count ? to_acc(x[at + i]) : Acc<T>(0));
+    }
   }
-}
+  __device__ __forceinline__ Acc<T> operator[](int i) const { return raw[i / W][i % W]; }
+  __device__ __forceinline__ void set(int i, Acc<T> value) { raw[i / W].set(i % W, value); }
+};
 
 // Stores y = [relu](z) and its byte of the mask. NaN stays NaN and alive, as in PyTorch. The mask looks at the rounded y.
 template <typename T, int W>
 __device__ __forceinline__ void store_group(const BnApplyParams& p, int64_t at, const Acc<T> (&z)[kGroup], int count = kGroup) {
   using A = Acc<T>;
-  Raw<T, W> raw[kGroup / W];
+  Group<T, W> rounded;
   unsigned bits = 0;
   FISNET_UNROLL
   for (int i = 0; i < kGroup; ++i) {
-    T y = from_acc<T>(z[i]);
-    const bool dead = to_acc(y) <= A(0);
-    if (p.relu && dead) y = from_acc<T>(A(0));
+    const A y = to_acc(from_acc<T>(z[i]));
+    const bool dead = y <= A(0);
     if (!dead && i < count) bits |= 1u << i;
-    raw[i / W].part[i % W] = y;
+    rounded.set(i, p.relu && dead ? A(0) : y);
   }
   T* const to = static_cast<T*>(p.y) + at;
   if (count >= kGroup) {
     FISNET_UNROLL
-    for (int j = 0; j < kGroup / W; ++j) *reinterpret_cast<Raw<T, W>*>(to + j * W) = raw[j];
+    for (int j = 0; j < kGroup / W; ++j) rounded.raw[j].put(to, j * W);
   } else {
     FISNET_UNROLL
     for (int i = 0; i < kGroup; ++i)
-      if (i < count) to[i] = raw[i / W].part[i % W];
+      if (i < count) to[i] = from_acc<T>(rounded[i]);
   }
   if (p.mask) static_cast<uint8_t*>(p.mask)[at / kGroup] = static_cast<uint8_t>(bits);
 }
@@ -240,13 +293,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) bn_apply_ker
   load_channels<kGroup>(p.planes, first, p.bias, bias, A(0));
   FISNET_UNROLL
   for (int i = 0; i < kGroup; ++i) scale[i] *= weight[i];
-  each_of_channel<kGroup>(p.planes, [&](uint32_t, int64_t offset, int) {
-    A z[kGroup], skip[kGroup] = {};
-    if (p.skip) load_group<T, W>(skip, p.skip, offset);
-    load_group<T, W>(z, p.x, offset);
+  each_batch_of_channel<kGroup, kApplyVectors<T>>(p.planes, [&](const auto& offset, auto vectors) {
+    Group<T, W> x[vectors()], skip[vectors()];
     FISNET_UNROLL
-    for (int i = 0; i < kGroup; ++i) z[i] = fma(z[i] - mean[i], scale[i], bias[i]) + skip[i];
-    store_group<T, W>(p, offset, z);
+    for (int v = 0; v < vectors(); ++v) {
+      x[v].fetch(p.x, offset[v]);
+      skip[v].fetch(p.skip, offset[v]);
+    }
+    FISNET_UNROLL
+    for (int v = 0; v < vectors(); ++v) {
+      A z[kGroup];
+      FISNET_UNROLL
+      for (int i = 0; i < kGroup; ++i) z[i] = fma(x[v][i] - mean[i], scale[i], bias[i]) + skip[v][i];
+      store_group<T, W>(p, offset[v], z);
+    }
   });
 }
 
@@ -258,9 +318,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) bn_apply_fla
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kGroup, left = numel - at;
   if (left <= 0) return;
   const int count = left < kGroup ? static_cast<int>(left) : kGroup;
-  A z[kGroup], skip[kGroup] = {};
-  if (p.skip) load_group<T, W>(skip, p.skip, at, count);
-  load_group<T, W>(z, p.x, at, count);
+  Group<T, W> x, skip;
+  x.fetch(p.x, at, count);
+  skip.fetch(p.skip, at, count);
+  A z[kGroup];
   // 32-bit divisions where they do: a 64-bit one is a subroutine
   const bool small = numel <= 0xffffffffll;
   const int64_t plane = small ? static_cast<uint32_t>(at) / static_cast<uint32_t>(p.planes.inner) : at / p.planes.inner;
@@ -276,7 +337,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) bn_apply_fla
         bias = p.bias ? static_cast<const A*>(p.bias)[c] : A(0);
         known = c;
       }
-      z[i] = fma(z[i] - mean, scale, bias) + skip[i];
+      z[i] = fma(x[i] - mean, scale, bias) + skip[i];
+    } else {
+      z[i] = 0;
     }
     if (++pixel == p.planes.inner) {
       pixel = 0;
@@ -287,54 +350,66 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4) bn_apply_fla
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------------
-// g = the sum of the consumers' gradients where the unit is alive, 0 elsewhere. Written to `joined` where that is wanted;
-// then g is what was written, so that both passes and the gradient of skip agree. kMost >= p.grads: one gradient needs fewer
-// registers.
-template <typename T, int W, int kMost>
-__device__ __forceinline__ void join(const BnBackwardParams& p, int64_t at, Acc<T> (&g)[W]) {
-  Raw<T, W> raw[kMost];
-  FISNET_UNROLL
-  for (int k = 0; k < kMost; ++k)
-    if (k == 0 || k < p.grads) raw[k] = load_raw<T, W>(p.g[k], at);
-  unsigned alive = 0xffu;
-  if (p.mask) alive = static_cast<unsigned>(static_cast<const uint8_t*>(p.mask)[at >> 3]) >> (at & 7);
-  FISNET_UNROLL
-  for (int i = 0; i < W; ++i) g[i] = to_acc(raw[0].part[i]);
-  FISNET_UNROLL
-  for (int k = 1; k < kMost; ++k) {
-    if (k >= p.grads) break;
+// What the passes read at W elements: x and the gradients, at most kMost (one needs fewer registers than several), and the mask.
+template <typename T, int W, int kMost> struct Joined {
+  Raw<T, W> x, g[kMost];
+  unsigned alive;
+
+  __device__ __forceinline__ void fetch(const BnBackwardParams& p, int64_t at, bool with_x) {
+    alive = p.mask ? static_cast<const uint8_t*>(p.mask)[at >> 3] : 0xffu;
+    if (with_x) x.fetch(static_cast<const T*>(p.x), at);
     FISNET_UNROLL
-    for (int i = 0; i < W; ++i) g[i] += to_acc(raw[k].part[i]);
+    for (int k = 0; k < kMost; ++k)
+      if (k == 0 || k < p.grads) g[k].fetch(static_cast<const T*>(p.g[k]), at);
   }
-  FISNET_UNROLL
-  for (int i = 0; i < W; ++i)
-    if (!(alive >> i & 1u)) g[i] = 0;
-  if (!p.joined) return;
-  Raw<T, W> rounded;
-  FISNET_UNROLL
-  for (int i = 0; i < W; ++i) {
-    rounded.part[i] = from_acc<T>(g[i]);
-    g[i] = to_acc(rounded.part[i]);
+
+  // sum = that of the gradients where the unit is alive, 0 elsewhere. Written to `joined` where that is wanted; then it is what
+  // was written, so that both passes and the gradient of skip agree.
+  __device__ __forceinline__ void join(const BnBackwardParams& p, int64_t at, Acc<T> (&sum)[W]) const {
+    FISNET_UNROLL
+    for (int i = 0; i < W; ++i) sum[i] = g[0][i];
+    FISNET_UNROLL
+    for (int k = 1; k < kMost; ++k) {
+      if (k >= p.grads) break;
+      FISNET_UNROLL
+      for (int i = 0; i < W; ++i) sum[i] += g[k][i];
+    }
+    const unsigned mine = W == kGroup ? alive : alive >> (at & 7);
+    FISNET_UNROLL
+    for (int i = 0; i < W; ++i)
+      if (!(mine >> i & 1u)) sum[i] = 0;
+    if (!p.joined) return;
+    Raw<T, W> rounded;
+    FISNET_UNROLL
+    for (int i = 0; i < W; ++i) {
+      rounded.set(i, sum[i]);
+      sum[i] = rounded[i];
+    }
+    rounded.put(static_cast<T*>(p.joined), at);
   }
-  *reinterpret_cast<Raw<T, W>*>(static_cast<T*>(p.joined) + at) = rounded;
-}
+};
 
 // First pass: partial[slab] = (sum g, sum g (x - mean)) of every channel, and `joined`.
 // Blocks own channels and slabs as in device/channels.cuh, a thread W elements at a time; shared memory holds the threads'
 // sums, added as a tree. Accumulates in float32 (float64 for float64). Deterministic.
 template <typename T, int W, int kMost>
-__global__ void __launch_bounds__(kThreads, kMost == 1 ? 3 : 2) bn_backward_sums_kernel(BnBackwardParams p) {
+__global__ void __launch_bounds__(kThreads, kSumsBlocks<T>) bn_backward_sums_kernel(BnBackwardParams p) {
   using A = Acc<T>;
   A mean[W], sum[2][W] = {};
   load_channels<W>(p.planes, own_channel<W>(p.planes), p.mean, mean, A(0));
-  each_of_channel<W>(p.planes, [&](uint32_t, int64_t offset, int) {
-    const Raw<T, W> x = load_raw<T, W>(p.x, offset);
-    A g[W];
-    join<T, W, kMost>(p, offset, g);
+  each_batch_of_channel<W, kBackwardVectors<T, kMost>>(p.planes, [&](const auto& offset, auto vectors) {
+    Joined<T, W, kMost> in[vectors()];
     FISNET_UNROLL
-    for (int i = 0; i < W; ++i) {
-      sum[0][i] += g[i];
-      sum[1][i] = fma(g[i], to_acc(x.part[i]) - mean[i], sum[1][i]);
+    for (int v = 0; v < vectors(); ++v) in[v].fetch(p, offset[v], true);
+    FISNET_UNROLL
+    for (int v = 0; v < vectors(); ++v) {
+      A g[W];
+      in[v].join(p, offset[v], g);
+      FISNET_UNROLL
+      for (int i = 0; i < W; ++i) {
+        sum[0][i] += g[i];
+        sum[1][i] = fma(g[i], in[v].x[i] - mean[i], sum[1][i]);
+      }
     }
   });
   store_channel_partials<2, W>(p.planes, sum, static_cast<A*>(p.partial));
@@ -378,9 +453,9 @@ __global__ void __launch_bounds__(kFinishX * kFinishY) bn_backward_finish_kernel
 
 // Second pass: gx = scale (g - m1 - (x - mean) m2), scale = weight rstd, (m1, m2) = means; gx = scale g where the statistics
 // are constants. Blocks own channels and slabs, a thread W elements at a time. In float32 (float64 for float64). No shared
-// memory. Deterministic. gx may lie on g[0]: a thread reads an element before it writes it.
-template <typename T, int W, bool kBatchStatistics>
-__global__ void __launch_bounds__(kThreads, 3) bn_backward_x_kernel(BnBackwardParams p) {
+// memory. Deterministic. gx may lie on g[0]: a thread reads an element before it writes it. kMost as in Joined.
+template <typename T, int W, bool kBatchStatistics, int kMost>
+__global__ void __launch_bounds__(kThreads, kGradBlocks<T, kBatchStatistics>) bn_backward_x_kernel(BnBackwardParams p) {
   using A = Acc<T>;
   A scale[W], weight[W], mean[W], m1[W], m2[W];
   const int first = own_channel<W>(p.planes);
@@ -393,17 +468,22 @@ __global__ void __launch_bounds__(kThreads, 3) bn_backward_x_kernel(BnBackwardPa
   }
   FISNET_UNROLL
   for (int i = 0; i < W; ++i) scale[i] *= weight[i];
-  each_of_channel<W>(p.planes, [&](uint32_t, int64_t offset, int) {
-    Raw<T, W> x, out;
-    if constexpr (kBatchStatistics) x = load_raw<T, W>(p.x, offset);
-    A g[W];
-    join<T, W, kBatchStatistics ? 1 : BnBackwardParams::kMostGrads>(p, offset, g);
+  each_batch_of_channel<W, kMost == 1 ? kBackwardVectors<T, 1> : 1>(p.planes, [&](const auto& offset, auto vectors) {
+    Joined<T, W, kMost> in[vectors()];
     FISNET_UNROLL
-    for (int i = 0; i < W; ++i) {
-      if constexpr (kBatchStatistics) g[i] = fma(mean[i] - to_acc(x.part[i]), m2[i], g[i] - m1[i]);
-      out.part[i] = from_acc<T>(g[i] * scale[i]);
+    for (int v = 0; v < vectors(); ++v) in[v].fetch(p, offset[v], kBatchStatistics);
+    FISNET_UNROLL
+    for (int v = 0; v < vectors(); ++v) {
+      A g[W];
+      Raw<T, W> out;
+      in[v].join(p, offset[v], g);
+      FISNET_UNROLL
+      for (int i = 0; i < W; ++i) {
+        if constexpr (kBatchStatistics) g[i] = fma(mean[i] - in[v].x[i], m2[i], g[i] - m1[i]);
+        out.set(i, g[i] * scale[i]);
+      }
+      out.put(static_cast<T*>(p.gx), offset[v]);
     }
-    *reinterpret_cast<Raw<T, W>*>(static_cast<T*>(p.gx) + offset) = out;
   });
 }
 
@@ -449,7 +529,8 @@ int backward(BnBackwardParams p, cudaStream_t stream) {
   }
   if (!p.gx) return 0;
   if (p.batch_statistics && (p.grads != 1 || !p.partial)) return static_cast<int>(cudaErrorInvalidValue);
-  const auto kernel = p.batch_statistics ? bn_backward_x_kernel<T, W, true> : bn_backward_x_kernel<T, W, false>;
+  const auto constant = p.grads == 1 ? bn_backward_x_kernel<T, W, false, 1> : bn_backward_x_kernel<T, W, false, BnBackwardParams::kMostGrads>;
+  const auto kernel = p.batch_statistics ? bn_backward_x_kernel<T, W, true, 1> : constant;
   return static_cast<int>(launch(kernel, over.grid, over.block, 0, stream, p));
 }
 }  // namespace
@@ -499,6 +580,6 @@ FISNET_KERNEL(bn_backward_sums_kernel<float, 4, 4>);
 FISNET_KERNEL(bn_backward_sums_kernel<__nv_bfloat16, 8, 1>);
 FISNET_KERNEL(bn_backward_sums_kernel<__nv_bfloat16, 8, 4>);
 FISNET_KERNEL(bn_backward_finish_kernel<float>);
-FISNET_KERNEL(bn_backward_x_kernel<float, 4, true>);
-FISNET_KERNEL(bn_backward_x_kernel<__nv_bfloat16, 8, true>);
+FISNET_KERNEL(bn_backward_x_kernel<float, 4, true, 1>);
+FISNET_KERNEL(bn_backward_x_kernel<__nv_bfloat16, 8, true, 1>);
 }  // namespace fisnet

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "../device/maps.cuh"
+#include "../device/phi.cuh"
 
 namespace fisnet {
 namespace {
@@ -144,13 +145,17 @@ __global__ void __launch_bounds__(kMapThreads, 4) plus_start_kernel(PlusStartPar
 }
 
 // ---- global average pool, transposed, and the ReLU before it -----------------------------------------------------------------
+// W values of one a channel, beside the elements from `at` of one sample; an absent tensor reads 0.
 template <typename T, int W, bool kLast>
-__device__ __forceinline__ void of_channels(Acc<T> (&v)[W], const T* __restrict__ from, int at, int channels, int pixels) {
+__device__ __forceinline__ Raw<T, W> of_channels(const T* from, int at, int channels, int pixels) {
   if constexpr (kLast) {
-    load<T, W>(v, from + static_cast<uint32_t>(at) % static_cast<uint32_t>(channels));
+    return fetch<W>(from, static_cast<uint32_t>(at) % static_cast<uint32_t>(channels));
   } else {
+    Raw<T, W> v;
+    if (!from) return v;
     FISNET_UNROLL
-    for (int i = 0; i < W; ++i) v[i] = to_acc(from[static_cast<uint32_t>(at + i) / static_cast<uint32_t>(pixels)]);
+    for (int i = 0; i < W; ++i) v.set(i, to_acc(from[static_cast<uint32_t>(at + i) / static_cast<uint32_t>(pixels)]));
+    return v;
   }
 }
 
@@ -159,28 +164,25 @@ __device__ __forceinline__ void pooled_phi_at(const PooledPhiParams& p, int64_t 
   using A = Acc<T>;
   const A share = A(1) / static_cast<A>(p.pixels);
   for (int64_t n = blockIdx.y; n < p.samples; n += gridDim.y) {
-    A a[W], g[W], v[W];
-    load<T, W>(a, static_cast<const T*>(p.a) + n * size + at);
+    const auto g_of = [&](const void* from, int64_t row) {
+      return of_channels<T, W, kLast>(from ? static_cast<const T*>(from) + row * p.channels : nullptr, at, p.channels, p.pixels);
+    };
+    const Raw<T, W> a = fetch<W>(static_cast<const T*>(p.a), n * size + at), z_plus = fetch<W>(static_cast<const T*>(p.z_plus), n * size + at);
+    const Raw<T, W> g_plus = g_of(p.g_plus, n);
+    Raw<T, W> g = g_of(p.g, n * p.maps), s;
     if (p.z_plus) {
       const A e = static_cast<A>(p.eps_plus);
-      of_channels<T, W, kLast>(g, static_cast<const T*>(p.g_plus) + n * p.channels, at, p.channels, p.pixels);
-      load<T, W>(v, static_cast<const T*>(p.z_plus) + n * size + at);
       FISNET_UNROLL
-      for (int i = 0; i < W; ++i) {
-        const A den = v[i] + e;
-        v[i] = a[i] * (g[i] * share) / (den == A(0) ? A(1) : den);
-      }
-      store<T, W>(static_cast<T*>(p.s_plus) + n * size + at, v);
+      for (int i = 0; i < W; ++i) s.set(i, Divisor<A>(denominator(z_plus[i], e))(a[i] * (g_plus[i] * share)));
+      put(static_cast<T*>(p.s_plus), n * size + at, s);
     }
-    const A e = p.eps_n ? to_acc(static_cast<const T*>(p.eps_n)[n]) : static_cast<A>(p.eps);
-    FISNET_UNROLL
-    for (int i = 0; i < W; ++i) a[i] = a[i] == A(0) ? A(0) : a[i] / (a[i] + e);
+    const A e = eps_of<T>(p.eps, p.eps_n, n);
     for (int k = 0; k < p.maps; ++k) {
       const int64_t map = n * p.maps + k;
-      of_channels<T, W, kLast>(g, static_cast<const T*>(p.g) + map * p.channels, at, p.channels, p.pixels);
       FISNET_UNROLL
-      for (int i = 0; i < W; ++i) v[i] = a[i] * (g[i] * share);
-      store<T, W>(static_cast<T*>(p.s) + map * size + at, v);
+      for (int i = 0; i < W; ++i) s.set(i, phi(gated(a[i], e), e) * (g[i] * share));
+      if (k + 1 < p.maps) g = g_of(p.g, map + 1);
+      put(static_cast<T*>(p.s), map * size + at, s);
     }
   }
 }
@@ -188,7 +190,7 @@ __device__ __forceinline__ void pooled_phi_at(const PooledPhiParams& p, int64_t 
 // s = a / (a + e) . g / (H W), the same g for all pixels; with z_plus also s+ = a (g+ / (H W)) / (z+ + e).
 // A thread owns W elements of every gridDim.y-th sample, and all K maps. No shared memory. Deterministic.
 template <typename T, int W, bool kLast>
-__global__ void __launch_bounds__(kMapThreads, 4) pooled_phi_kernel(PooledPhiParams p) {
+__global__ void __launch_bounds__(kMapThreads, sizeof(T) == 8 ? 2 : 4) pooled_phi_kernel(PooledPhiParams p) {
   const int64_t size = static_cast<int64_t>(p.channels) * p.pixels;
   each_vector<W>(size, [&](int64_t at, auto width) { pooled_phi_at<T, decltype(width)::value, kLast>(p, size, static_cast<int>(at)); });
 }
@@ -199,31 +201,28 @@ template <typename T, int W>
 __device__ __forceinline__ void pooled_phi_adjoint(const PooledPhiBackwardParams& p, int64_t n, int64_t map, int64_t size, int at, const Acc<T> (&q)[W],
                                                    const Acc<T> (&q_plus)[W], Acc<T> (&a_bar)[W], Acc<T> (&g_sum)[W], Acc<T> (&g_plus_sum)[W]) {
   using A = Acc<T>;
-  const A e = p.eps_n ? to_acc(static_cast<const T*>(p.eps_n)[n]) : static_cast<A>(p.eps);
-  A a[W], u[W];
-  load<T, W>(a, static_cast<const T*>(p.a) + n * size + at);
-  load<T, W>(u, static_cast<const T*>(p.s_bar) + map * size + at);
+  const Raw<T, W> a = fetch<W>(static_cast<const T*>(p.a), n * size + at), s_bar = fetch<W>(static_cast<const T*>(p.s_bar), map * size + at);
+  const Raw<T, W> z_plus = fetch<W>(static_cast<const T*>(p.z_plus), n * size + at);
+  const Raw<T, W> s_plus_bar = fetch<W>(p.z_plus ? static_cast<const T*>(p.s_plus_bar) : nullptr, n * size + at);
+  const A e = eps_of<T>(p.eps, p.eps_n, n);
   FISNET_UNROLL
   for (int i = 0; i < W; ++i) {
-    if (a[i] == A(0)) continue;
-    u[i] /= a[i] + e;
-    g_sum[i] += a[i] * u[i];
-    a_bar[i] += e * (q[i] / (a[i] + e)) * u[i];
+    const Divisor<A> over(denominator(a[i], e));
+    const A u = a[i] == A(0) ? A(0) : over(s_bar[i]);
+    g_sum[i] += a[i] * u;
+    a_bar[i] += over(a[i] == A(0) ? A(0) : e) * q[i] * u;
   }
   if (!p.z_plus) return;
-  A v[W], z_bar[W];
-  load<T, W>(v, static_cast<const T*>(p.s_plus_bar) + n * size + at);
-  load<T, W>(u, static_cast<const T*>(p.z_plus) + n * size + at);
+  Raw<T, W> z_bar;
   FISNET_UNROLL
   for (int i = 0; i < W; ++i) {
-    A den = u[i] + static_cast<A>(p.eps_plus);
-    if (den == A(0)) den = 1;
-    v[i] /= den;
-    g_plus_sum[i] += a[i] * v[i];
-    z_bar[i] = -(a[i] * q_plus[i] / den) * v[i];
-    if (a[i] != A(0)) a_bar[i] += q_plus[i] * v[i];
+    const Divisor<A> over(denominator(z_plus[i], static_cast<A>(p.eps_plus)));
+    const A v = over(s_plus_bar[i]);
+    g_plus_sum[i] += a[i] * v;
+    z_bar.set(i, -over(a[i] * q_plus[i]) * v);
+    if (a[i] != A(0)) a_bar[i] += q_plus[i] * v;
   }
-  store<T, W>(static_cast<T*>(p.z_plus_bar) + n * size + at, z_bar);
+  put(static_cast<T*>(p.z_plus_bar), n * size + at, z_bar);
 }
 
 // q = g / (H W) of W channels (of one channel, when W = 1).
@@ -318,10 +317,10 @@ __device__ __forceinline__ void pooled_phi_a_bar_at(const PooledPhiBackwardParam
     A a_bar[W] = {}, unused[W] = {};
     for (int k = 0; k < p.maps; ++k) {
       const int64_t map = n * p.maps + k;
+      const Raw<T, W> g = of_channels<T, W, kLast>(static_cast<const T*>(p.g) + map * p.channels, at, p.channels, p.pixels);
       A q[W];
-      of_channels<T, W, kLast>(q, static_cast<const T*>(p.g) + map * p.channels, at, p.channels, p.pixels);
       FISNET_UNROLL
-      for (int i = 0; i < W; ++i) q[i] *= A(1) / static_cast<A>(p.pixels);
+      for (int i = 0; i < W; ++i) q[i] = g[i] * (A(1) / static_cast<A>(p.pixels));
       pooled_phi_adjoint<T, W>(p, n, map, size, at, q, q, a_bar, unused, unused);
     }
     store<T, W>(static_cast<T*>(p.a_bar) + n * size + at, a_bar);

@@ -1,5 +1,7 @@
 #include "heatmap_loss.h"
 
+#include "../device/bytes.cuh"
+#include "../device/maps.cuh"
 #include "gwrp.cuh"
 
 namespace fisnet {
@@ -30,45 +32,50 @@ struct Row {
     return map * s.channels * s.pixels + (row - map * s.channels);
   }
 
-  // W values of R and of the mask, from pixel i on.
-  template <int W>
-  __device__ __forceinline__ void read(Acc<T> (&r)[W], Acc<T> (&m)[W], int i) const {
-    using A = Acc<T>;
-    load<T, W>(r, R + static_cast<int64_t>(i) * stride);
-    if (bytes) {
-      struct alignas(W) Bytes { uint8_t part[W]; };
-      const Bytes b = *reinterpret_cast<const Bytes*>(static_cast<const uint8_t*>(mask) + i);
-      FISNET_UNROLL
-      for (int j = 0; j < W; ++j) m[j] = static_cast<A>(b.part[j]);
-    } else if constexpr (W == 1) {
-      m[0] = static_cast<const A*>(mask)[i];
-    } else {
-      FISNET_UNROLL
-      for (int j = 0; j < W; j += kVec<A>) {
-        A part[kVec<A>];
-        load<A, kVec<A>>(part, static_cast<const A*>(mask) + i + j);
+  // W values of R and of the mask, fetched together and turned into numbers where they are used.
+  template <int W> class Pixels {
+   public:
+    __device__ __forceinline__ void fetch(const Row& row, int i) {
+      R_.fetch(row.R, static_cast<int64_t>(i) * row.stride);
+      if (row.bytes) {
+        bytes_.fetch(static_cast<const uint8_t*>(row.mask) + i);
+      } else {
         FISNET_UNROLL
-        for (int q = 0; q < kVec<A>; ++q) m[j + q] = part[q];
+        for (int j = 0; j < W / kWide; ++j) values_[j].fetch(static_cast<const A*>(row.mask), i + j * kWide);
       }
     }
+    __device__ __forceinline__ Acc<T> R(int j) const { return R_[j]; }
+    __device__ __forceinline__ Acc<T> M(const Row& row, int j) const { return row.bytes ? static_cast<A>(bytes_[j]) : values_[j / kWide][j % kWide]; }
+
+   private:
+    using A = Acc<T>;
+    static constexpr int kWide = W == 1 ? 1 : kVec<A>;
+    Raw<T, W> R_;
+    RawBytes<W> bytes_;
+    Raw<A, kWide> values_[W / kWide];
+  };
+  template <int W>
+  __device__ __forceinline__ Pixels<W> at(int i) const {
+    Pixels<W> pixels;
+    pixels.fetch(*this, i);
+    return pixels;
   }
 
   // f(i, R, M, whether the pixel exists), the same number of times in all threads, so that warps stay together. Several
   // vectors are read before the first is used, and between() is called after them.
   template <int W, typename F, typename Between>
   __device__ __forceinline__ void each_pixel(int tid, int threads, F&& f, Between&& between) const {
-    constexpr int kAhead = W == 1 ? 4 : W >= 8 ? 1 : 2;
+    constexpr int kAhead = W == 1 ? 4 : 2;
     for (int64_t start = 0; start < pixels; start += static_cast<int64_t>(threads) * W * kAhead) {
-      Acc<T> r[kAhead][W] = {}, m[kAhead][W] = {};
+      Pixels<W> of[kAhead];
       const int first = static_cast<int>(start) + tid * W;
       FISNET_UNROLL
-      for (int u = 0; u < kAhead; ++u)
-        if (first + u * threads * W < pixels) read<W>(r[u], m[u], first + u * threads * W);
+      for (int u = 0; u < kAhead; ++u) of[u].fetch(*this, min(first + u * threads * W, pixels - W));  // no branch between the loads
       FISNET_UNROLL
       for (int u = 0; u < kAhead; ++u) {
         const int i = first + u * threads * W;
         FISNET_UNROLL
-        for (int j = 0; j < W; ++j) f(i + j, r[u][j], m[u][j], i < pixels);
+        for (int j = 0; j < W; ++j) f(i + j, of[u].R(j), of[u].M(*this, j), i < pixels);
       }
       between();
     }
@@ -254,9 +261,9 @@ __global__ void __launch_bounds__(32 * kWarpRows) heatmap_warp_kernel(HeatmapLos
   A sum[kSums] = {};
   for (int i = lane; i < plan.sorted; i += 32) {
     const bool exists = i < row.pixels;
-    A r[1] = {}, m[1] = {};
-    if (exists) row.template read<1>(r, m, i);
-    const A value = add_pixel(sum, r[0], m[0]);
+    typename Row<T>::template Pixels<1> of;
+    if (exists) of.fetch(row, i);
+    const A value = add_pixel(sum, of.R(0), of.M(row, 0));
     items.set(i, exists ? to_key(value) : K(0), exists ? static_cast<uint32_t>(i) : kNoIndex);
   }
   sort_items(items, plan.sorted, lane, 32, [] { __syncwarp(); });
@@ -280,9 +287,10 @@ __global__ void __launch_bounds__(kRowThreads, 2) heatmap_chunk_kernel(HeatmapLo
   const Row<T> row(p.shape, p.R, p.mask, row_at);
   for (int j = tid; j < plan.sorted; j += threads) {
     const int i = start + j;
-    A r[1] = {}, m[1] = {}, unused[kSums] = {};
-    if (i < row.pixels) row.template read<1>(r, m, i);
-    items.set(j, i < row.pixels ? to_key(add_pixel(unused, r[0], m[0])) : K(0), i < row.pixels ? static_cast<uint32_t>(i) : kNoIndex);
+    A unused[kSums] = {};
+    typename Row<T>::template Pixels<1> of;
+    if (i < row.pixels) of.fetch(row, i);
+    items.set(j, i < row.pixels ? to_key(add_pixel(unused, of.R(0), of.M(row, 0))) : K(0), i < row.pixels ? static_cast<uint32_t>(i) : kNoIndex);
   }
   sort_items(items, plan.sorted, tid, threads, [] { __syncthreads(); });
   const int64_t to = row_at * row.pixels + start;
@@ -431,10 +439,10 @@ __global__ void __launch_bounds__(256, 4) heatmap_backward_kernel(HeatmapLossBac
 
   const A mean_weight = k ? A(0) : A(1) / static_cast<A>(row.pixels);
   for (int i = start + tid * W; i < end; i += threads * W) {
-    A r[W], m[W];
-    row.template read<W>(r, m, i);
+    const auto of = row.template at<W>(i);
+    A r[W];
     FISNET_UNROLL
-    for (int j = 0; j < W; ++j) r[j] = adjoint(r[j], m[j], mean_weight);
+    for (int j = 0; j < W; ++j) r[j] = adjoint(of.R(j), of.M(row, j), mean_weight);
     store<T, W>(R_bar + static_cast<int64_t>(i) * row.stride, r);
   }
   __syncthreads();
@@ -444,10 +452,8 @@ __global__ void __launch_bounds__(256, 4) heatmap_backward_kernel(HeatmapLossBac
     const A w = static_cast<A>(weights.next());
     const int i = ranked[j];
     if (i < start || i >= end) continue;
-    A r[1], m[1];
-    row.template read<1>(r, m, i);
-    r[0] = adjoint(r[0], m[0], w);
-    store<T, 1>(R_bar + static_cast<int64_t>(i) * row.stride, r);
+    const auto of = row.template at<1>(i);
+    R_bar[static_cast<int64_t>(i) * row.stride] = from_acc<T>(adjoint(of.R(0), of.M(row, 0), w));
   }
 }
 

@@ -2,7 +2,9 @@
 
 #include <cmath>
 
+#include "../device/bytes.cuh"
 #include "../device/maps.cuh"
+#include "../device/phi.cuh"
 
 namespace fisnet {
 namespace {
@@ -33,16 +35,29 @@ __device__ __forceinline__ Range covering(int padded, int kernel, int dilation, 
   return {padded > reach ? (padded - reach + stride - 1) / stride : 0, last < out ? last : out};
 }
 
-// W winners by one access of W bytes.
-template <int W> struct alignas(W) Bytes { uint8_t part[W]; };
-
-template <typename T, int W> __device__ __forceinline__ void phi_of(Acc<T> (&phi)[W], const T* __restrict__ a, Acc<T> e) {
-  load<T, W>(phi, a);
-  FISNET_UNROLL
-  for (int i = 0; i < W; ++i) phi[i] = phi[i] == Acc<T>(0) ? Acc<T>(0) : phi[i] / (phi[i] + e);  // 0 / 0 is 0
-}
-template <typename T, typename P> __device__ __forceinline__ Acc<T> eps_of(const P& p, int64_t n) {
-  return p.eps_n ? to_acc(static_cast<const T*>(p.eps_n)[n]) : static_cast<Acc<T>>(p.eps);
+// Calls use(u, y, x) for the positions of rows by columns, in order, and before that fetch(u, y, x) for up to kAhead of them at
+// a time, numbered by u: their loads are under way together.
+constexpr int kAhead = 4;  // a 2x2 window at once
+template <typename Fetch, typename Use>
+__device__ __forceinline__ void each_position(const Range& rows, const Range& columns, Fetch&& fetch, Use&& use) {
+  if (columns.first >= columns.last) return;
+  int y = rows.first, x = columns.first;
+  while (y < rows.last) {
+    int ys[kAhead], xs[kAhead];
+    FISNET_UNROLL
+    for (int u = 0; u < kAhead; ++u) {
+      ys[u] = y;
+      xs[u] = x;
+      if (y < rows.last) fetch(u, y, x);
+      if (++x == columns.last) {
+        x = columns.first;
+        ++y;
+      }
+    }
+    FISNET_UNROLL
+    for (int u = 0; u < kAhead; ++u)
+      if (ys[u] < rows.last) use(u, ys[u], xs[u]);
+  }
 }
 
 // y = max over the window; the first of equals wins, and a NaN wins over everything (as in PyTorch).
@@ -63,28 +78,30 @@ __global__ void __launch_bounds__(kMapThreads, 4) max_pool_kernel(MaxPoolParams 
   for (int64_t n = blockIdx.y; n < p.samples; n += gridDim.y) {
     const T* const x = static_cast<const T*>(p.x) + n * in_size + base;
     A best[W];
-    Bytes<W> winner;
+    int winner[W];
     FISNET_UNROLL
     for (int i = 0; i < W; ++i) {
       best[i] = static_cast<A>(-INFINITY);
-      winner.part[i] = static_cast<uint8_t>(rows.first * v.kernel_w + columns.first);
+      winner[i] = rows.first * v.kernel_w + columns.first;
     }
-    for (int kh = rows.first; kh < rows.last; ++kh) {
-      const int row = (h0 + kh * v.dilation_h) * v.in_w;
-      for (int kw = columns.first; kw < columns.last; ++kw) {
-        A value[W];
-        load<T, W>(value, x + (row + w0 + kw * v.dilation_w) * step);
+    Raw<T, W> values[kAhead];
+    each_position(rows, columns,
+      [&](int u, int kh, int kw) { values[u].fetch(x, ((h0 + kh * v.dilation_h) * v.in_w + w0 + kw * v.dilation_w) * step); },
+      [&](int u, int kh, int kw) {
         FISNET_UNROLL
         for (int i = 0; i < W; ++i) {
-          if (value[i] > best[i] || value[i] != value[i]) {
-            best[i] = value[i];
-            winner.part[i] = static_cast<uint8_t>(kh * v.kernel_w + kw);
+          const A value = values[u][i];
+          if (value > best[i] || value != value) {
+            best[i] = value;
+            winner[i] = kh * v.kernel_w + kw;
           }
         }
-      }
-    }
+      });
     store<T, W>(static_cast<T*>(p.y) + n * out_size + at, best);
-    *reinterpret_cast<Bytes<W>*>(static_cast<uint8_t*>(p.winners) + n * out_size + at) = winner;
+    RawBytes<W> winners;
+    FISNET_UNROLL
+    for (int i = 0; i < W; ++i) winners.set(i, static_cast<unsigned>(winner[i]));
+    winners.put(static_cast<uint8_t*>(p.winners) + n * out_size + at);
   }
 }
 
@@ -94,7 +111,7 @@ __global__ void __launch_bounds__(kMapThreads, 4) max_pool_kernel(MaxPoolParams 
 // visits the windows that cover the pixel in order of rows and columns: no atomics, deterministic. Accumulates in float32
 // (float64 for float64). No shared memory: the windows' g and winners are read again by neighbouring pixels, from the caches.
 template <typename T, int W>
-__global__ void __launch_bounds__(kMapThreads, 4) max_pool_scatter_kernel(MaxPoolScatterParams p) {
+__global__ void __launch_bounds__(kMapThreads, 3) max_pool_scatter_kernel(MaxPoolScatterParams p) {
   using A = Acc<T>;
   const Windows& v = p.windows;
   const int64_t in_size = static_cast<int64_t>(p.channels) * v.in_h * v.in_w, out_size = static_cast<int64_t>(p.channels) * v.out_h * v.out_w;
@@ -108,42 +125,38 @@ __global__ void __launch_bounds__(kMapThreads, 4) max_pool_scatter_kernel(MaxPoo
   const int base = p.channels_last ? o.channel : o.channel * v.out_h * v.out_w;
   for (int64_t n = blockIdx.y; n < p.samples; n += gridDim.y) {
     const uint8_t* const winners = static_cast<const uint8_t*>(p.winners) + n * out_size + base;
-    A phi[W];
-    if (p.a) phi_of<T, W>(phi, static_cast<const T*>(p.a) + n * in_size + at, eps_of<T>(p, n));
     for (int k = 0; k < p.maps; ++k) {
       const int64_t map = n * p.maps + k;
       const T* const g = static_cast<const T*>(p.g) + map * out_size + base;
+      // `a` again for every map, from the cache: before the loop, it would be waited for before anything else is read
+      const Raw<T, W> a = fetch<W>(static_cast<const T*>(p.a), n * in_size + at), skip = fetch<W>(static_cast<const T*>(p.skip), map * in_size + at);
       A sum[W] = {};
-      for (int oh = rows.first; oh < rows.last; ++oh) {
-        int kh = top - oh * v.stride_h;
-        if (v.dilation_h > 1) {
-          if (kh % v.dilation_h) continue;
-          kh /= v.dilation_h;
-        }
-        for (int ow = columns.first; ow < columns.last; ++ow) {
-          int kw = left - ow * v.stride_w;
+      Raw<T, W> share[kAhead];
+      RawBytes<W> winner[kAhead];
+      each_position(rows, columns,
+        [&](int u, int oh, int ow) {
+          const int window = (oh * v.out_w + ow) * step;
+          winner[u].fetch(winners + window);
+          share[u].fetch(g, window);
+        },
+        [&](int u, int oh, int ow) {
+          int kh = top - oh * v.stride_h, kw = left - ow * v.stride_w;
+          if (v.dilation_h > 1) {
+            if (kh % v.dilation_h) return;
+            kh /= v.dilation_h;
+          }
           if (v.dilation_w > 1) {
-            if (kw % v.dilation_w) continue;
+            if (kw % v.dilation_w) return;
             kw /= v.dilation_w;
           }
-          const int window = (oh * v.out_w + ow) * step;
-          const uint8_t mine = static_cast<uint8_t>(kh * v.kernel_w + kw);
-          const Bytes<W> winner = *reinterpret_cast<const Bytes<W>*>(winners + window);
-          A share[W];
-          load<T, W>(share, g + window);
+          const unsigned mine = static_cast<unsigned>(kh * v.kernel_w + kw);
           FISNET_UNROLL
-          for (int i = 0; i < W; ++i) sum[i] += winner.part[i] == mine ? share[i] : A(0);
-        }
-      }
+          for (int i = 0; i < W; ++i) sum[i] += winner[u][i] == mine ? share[u][i] : A(0);
+        });
       if (p.a) {
-        if (p.skip) {
-          A more[W];
-          load<T, W>(more, static_cast<const T*>(p.skip) + map * in_size + at);
-          FISNET_UNROLL
-          for (int i = 0; i < W; ++i) sum[i] += more[i];
-        }
+        const A e = eps_of<T>(p.eps, p.eps_n, n);
         FISNET_UNROLL
-        for (int i = 0; i < W; ++i) sum[i] *= phi[i];
+        for (int i = 0; i < W; ++i) sum[i] = (sum[i] + skip[i]) * phi(gated(a[i], e), e);
       }
       store<T, W>(static_cast<T*>(p.out) + map * in_size + at, sum);
     }
@@ -155,7 +168,7 @@ __global__ void __launch_bounds__(kMapThreads, 4) max_pool_scatter_kernel(MaxPoo
 // window as the forward does, so that its accesses stay wide and in order; with W = 1 it goes straight to the winner. A
 // winner outside the image (a window of padding alone) gives 0. No shared memory. Deterministic.
 template <typename T, int W>
-__global__ void __launch_bounds__(kMapThreads, 3) max_pool_gather_kernel(MaxPoolGatherParams p) {
+__global__ void __launch_bounds__(kMapThreads, 2) max_pool_gather_kernel(MaxPoolGatherParams p) {
   using A = Acc<T>;
   const Windows& v = p.windows;
   const int64_t in_size = static_cast<int64_t>(p.channels) * v.in_h * v.in_w, out_size = static_cast<int64_t>(p.channels) * v.out_h * v.out_w;
@@ -167,38 +180,41 @@ __global__ void __launch_bounds__(kMapThreads, 3) max_pool_gather_kernel(MaxPool
   const int base = p.channels_last ? o.channel : o.channel * v.in_h * v.in_w;
   const Range rows = inside(h0, v.kernel_h, v.dilation_h, v.in_h), columns = inside(w0, v.kernel_w, v.dilation_w, v.in_w);
   for (int64_t n = blockIdx.y; n < p.samples; n += gridDim.y) {
-    const Bytes<W> winner = *reinterpret_cast<const Bytes<W>*>(static_cast<const uint8_t*>(p.winners) + n * out_size + at);
+    RawBytes<W> winner;
+    winner.fetch(static_cast<const uint8_t*>(p.winners) + n * out_size + at);
     const T* const a = p.a ? static_cast<const T*>(p.a) + n * in_size + base : nullptr;
-    const A e = p.a ? eps_of<T>(p, n) : A(0);
     for (int k = 0; k < p.maps; ++k) {
       const int64_t map = n * p.maps + k;
       const T* const s_bar = static_cast<const T*>(p.s_bar) + map * in_size + base;
-      A found[W] = {}, phi[W];
+      A found[W] = {}, at_winner[W] = {};  // s_bar and a there
       if constexpr (W == 1) {
-        const int kh = winner.part[0] / v.kernel_w, kw = winner.part[0] - kh * v.kernel_w;
+        const int kh = static_cast<int>(winner[0]) / v.kernel_w, kw = static_cast<int>(winner[0]) - kh * v.kernel_w;
         if (kh >= rows.first && kh < rows.last && kw >= columns.first && kw < columns.last) {
           const int pixel = ((h0 + kh * v.dilation_h) * v.in_w + w0 + kw * v.dilation_w) * step;
+          if (a) load<T, W>(at_winner, a + pixel);
           load<T, W>(found, s_bar + pixel);
-          if (a) {
-            phi_of<T, W>(phi, a + pixel, e);
-            found[0] *= phi[0];
-          }
         }
       } else {
-        for (int kh = rows.first; kh < rows.last; ++kh) {
-          const int row = (h0 + kh * v.dilation_h) * v.in_w;
-          for (int kw = columns.first; kw < columns.last; ++kw) {
-            const int pixel = (row + w0 + kw * v.dilation_w) * step;
-            A value[W];
-            load<T, W>(value, s_bar + pixel);
-            if (a) load<T, W>(phi, a + pixel);
+        Raw<T, W> values[kAhead], activations[kAhead];
+        each_position(rows, columns,
+          [&](int u, int kh, int kw) {
+            const int pixel = ((h0 + kh * v.dilation_h) * v.in_w + w0 + kw * v.dilation_w) * step;
+            values[u].fetch(s_bar, pixel);
+            activations[u].fetch(a, pixel);
+          },
+          [&](int u, int kh, int kw) {
             FISNET_UNROLL
             for (int i = 0; i < W; ++i) {
-              if (winner.part[i] != kh * v.kernel_w + kw) continue;
-              found[i] = !a ? value[i] : phi[i] == A(0) ? A(0) : phi[i] / (phi[i] + e) * value[i];
+              if (winner[i] != static_cast<unsigned>(kh * v.kernel_w + kw)) continue;
+              found[i] = values[u][i];
+              at_winner[i] = activations[u][i];
             }
-          }
-        }
+          });
+      }
+      if (a) {
+        const A e = eps_of<T>(p.eps, p.eps_n, n);
+        FISNET_UNROLL
+        for (int i = 0; i < W; ++i) found[i] *= phi(gated(at_winner[i], e), e);
       }
       store<T, W>(static_cast<T*>(p.g_bar) + map * out_size + at, found);
     }
@@ -209,24 +225,21 @@ template <typename T, int W>
 __device__ __forceinline__ void phi_adjoint_at(const MaxPoolGatherParams& p, int64_t size, int64_t at) {
   using A = Acc<T>;
   for (int64_t n = blockIdx.y; n < p.samples; n += gridDim.y) {
-    A a[W], a_bar[W] = {};
-    load<T, W>(a, static_cast<const T*>(p.a) + n * size + at);
-    const A e = eps_of<T>(p, n);
+    A a_bar[W] = {};
     for (int k = 0; k < p.maps; ++k) {
       const int64_t j = (n * p.maps + k) * size + at;
-      A u[W], s[W];
-      load<T, W>(u, static_cast<const T*>(p.s_bar) + j);
+      const Raw<T, W> a = fetch<W>(static_cast<const T*>(p.a), n * size + at);
+      const Raw<T, W> s_bar = fetch<W>(static_cast<const T*>(p.s_bar), j), s = fetch<W>(p.a_bar ? static_cast<const T*>(p.s) : nullptr, j);
+      const A e = eps_of<T>(p.eps, p.eps_n, n);
+      Raw<T, W> skip_bar;
       FISNET_UNROLL
-      for (int i = 0; i < W; ++i) u[i] = a[i] == A(0) ? A(0) : u[i] / (a[i] + e);  // a dead unit passes nothing
-      if (p.a_bar) {
-        load<T, W>(s, static_cast<const T*>(p.s) + j);
-        FISNET_UNROLL
-        for (int i = 0; i < W; ++i) a_bar[i] += a[i] == A(0) ? A(0) : e * (s[i] / a[i]) * u[i];
+      for (int i = 0; i < W; ++i) {
+        const A alive = gated(a[i], e);
+        const Divisor<A> over(denominator(alive, e));
+        skip_bar.set(i, over(alive) * s_bar[i]);
+        a_bar[i] += over(alive == A(0) ? A(0) : e) * Divisor<A>(denominator(alive, A(0)))(s[i]) * s_bar[i];  // dead: nothing
       }
-      if (!p.skip_bar) continue;
-      FISNET_UNROLL
-      for (int i = 0; i < W; ++i) u[i] *= a[i];
-      store<T, W>(static_cast<T*>(p.skip_bar) + j, u);
+      put(static_cast<T*>(p.skip_bar), j, skip_bar);
     }
     if (p.a_bar) store<T, W>(static_cast<T*>(p.a_bar) + n * size + at, a_bar);
   }
@@ -244,20 +257,27 @@ __global__ void __launch_bounds__(kMapThreads, 4) max_pool_phi_adjoint_kernel(Ma
 // Vectors of W run over channels: only in channels_last, and where all start on 16 bytes.
 template <typename T, typename P> bool wide(const P& p) { return p.channels_last && p.channels % kVec<T> == 0; }
 
+// Where a thread's elements lie takes as long to work out as they take to read: once for up to 8 samples, where blocks are many.
+dim3 pool_grid(const Maps& m, int width) {
+  dim3 grid = map_grid(m, width);
+  for (unsigned most = 8; most > 1 && grid.y > 1 && static_cast<int64_t>(grid.x) * grid.y >= 4096; most /= 2) grid.y = (grid.y + 1) / 2;
+  return grid;
+}
+
 template <typename T, int W>
 int forward(const MaxPoolParams& p, cudaStream_t stream) {
   const Maps out{p.samples, 1, static_cast<int64_t>(p.channels) * p.windows.out_h * p.windows.out_w};
-  return static_cast<int>(launch(max_pool_kernel<T, W>, map_grid(out, W), dim3(kMapThreads), 0, stream, p));
+  return static_cast<int>(launch(max_pool_kernel<T, W>, pool_grid(out, W), dim3(kMapThreads), 0, stream, p));
 }
 template <typename T, int W>
 int scatter(const MaxPoolScatterParams& p, cudaStream_t stream) {
   const Maps in{p.samples, p.maps, static_cast<int64_t>(p.channels) * p.windows.in_h * p.windows.in_w};
-  return static_cast<int>(launch(max_pool_scatter_kernel<T, W>, map_grid(in, W), dim3(kMapThreads), 0, stream, p));
+  return static_cast<int>(launch(max_pool_scatter_kernel<T, W>, pool_grid(in, W), dim3(kMapThreads), 0, stream, p));
 }
 template <typename T, int W>
 int gather(const MaxPoolGatherParams& p, cudaStream_t stream) {
   const Maps out{p.samples, p.maps, static_cast<int64_t>(p.channels) * p.windows.out_h * p.windows.out_w};
-  return static_cast<int>(launch(max_pool_gather_kernel<T, W>, map_grid(out, W), dim3(kMapThreads), 0, stream, p));
+  return static_cast<int>(launch(max_pool_gather_kernel<T, W>, pool_grid(out, W), dim3(kMapThreads), 0, stream, p));
 }
 template <typename T, int W>
 int phi_adjoint(const MaxPoolGatherParams& p, const Maps& in, cudaStream_t stream) {

@@ -68,13 +68,14 @@ __global__ void __launch_bounds__(kMapThreads, V > 1 ? 3 : 4) phi_scale_kernel(P
 // One vector of the adjoint, all K maps, with s_bar + join for s_bar: g_bar = a / (a + e) scale s_bar;  a_bar = sum_k e / (a + e) (s / a) scale s_bar.
 // The ratios are formed first, so that nothing underflows or overflows on the way. Adds <s_bar, s> to `dot` with a scale.
 // The divisions by one activation are made anew for every map: that is cheaper than the registers to keep them.
-// `at` is its place in the activations, `j` that in the first map.
+// `n` is the sample, `at` its place in the activations, `j` that in the first map.
 template <typename T, int W, bool kScaled, bool kOneMap>
-__device__ __forceinline__ void phi_scale_adjoint(const PhiScaleBackwardParams& p, Acc<T> e, int64_t at, int64_t j, const Acc<T> (&scale)[W], Acc<T> (&dot)[W]) {
+__device__ __forceinline__ void phi_scale_adjoint(const PhiScaleBackwardParams& p, int64_t n, int64_t at, int64_t j, const Acc<T> (&scale)[W], Acc<T> (&dot)[W]) {
   using A = Acc<T>;
   Raw<T, W> a = fetch<W>(static_cast<const T*>(p.a), at);
   Raw<T, W> s_bar = fetch<W>(static_cast<const T*>(p.s_bar), j), join = fetch<W>(static_cast<const T*>(p.join), j);
   Raw<T, W> s = fetch<W>(static_cast<const T*>(p.s), j);
+  const A e = eps_of<T>(p.eps, p.eps_n, n);
   A a_bar[W] = {};
   const int maps = kOneMap ? 1 : p.shape.maps;
   for (int k = 0; k < maps; ++k) {
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(kMapThreads, 3) phi_scale_backward_kernel(PhiS
     Acc<T> unused[kWidth];
     for (int64_t n = blockIdx.y; n < p.shape.samples; n += gridDim.y) {
       const int64_t first = n * p.shape.size;
-      phi_scale_adjoint<T, kWidth, false, false>(p, eps_of<T>(p.eps, p.eps_n, n), first + at, first * p.shape.maps + at, unused, unused);
+      phi_scale_adjoint<T, kWidth, false, false>(p, n, first + at, first * p.shape.maps + at, unused, unused);
     }
   });
 }
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(ChannelGrid::kThreads, kOneMap ? 3 : 2) phi_sc
     A scale[W];
     values_of_channel(scale, static_cast<const A*>(p.scale), p.planes, c);
     const int64_t n = p.shape.samples == 1 ? 0 : position / pixels, before = n * (p.shape.maps - 1) * p.shape.size;
-    phi_scale_adjoint<T, W, true, kOneMap>(p, eps_of<T>(p.eps, p.eps_n, n), offset, offset + before, scale, dot[0]);
+    phi_scale_adjoint<T, W, true, kOneMap>(p, n, offset, offset + before, scale, dot[0]);
   });
   if (p.partial) store_channel_partials<1, W>(p.planes, dot, static_cast<A*>(p.partial));
 }

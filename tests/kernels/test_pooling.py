@@ -70,6 +70,23 @@ def test_values_and_winners_are_pytorch_s(device, name, dtype, layout):
 
 
 @layouts
+def test_several_samples_a_thread(device, layout):
+    """With blocks enough for a GPU, a thread takes several samples; their number is no multiple of the blocks."""
+    x = randn(4099, 8, 2, 3, seed=1).float().to(device).contiguous(memory_format=layout).requires_grad_()
+    settings = (2, 1, 0, 1, False)
+    y, winners = ops.max_pool(x, 2, False, settings)
+    want, index = F.max_pool2d(x, *settings, return_indices=True)
+    assert torch.equal(y, want)
+    assert torch.equal(winner_positions(winners, x.shape[2:], (2, False, settings)), index)
+    bar = randn(*y.shape, seed=2).float().to(device).contiguous(memory_format=layout)
+    (got,) = torch.autograd.grad(y, x, bar)
+    (want,) = torch.autograd.grad(want, x, bar)
+    close(got, want, 2 * torch.finfo(torch.float32).eps)
+    back = _backend.kernel("max_pool_gather", "auto", x)(x.detach(), winners, (2, False, settings))
+    assert torch.equal(back, x.detach().flatten(2).gather(2, index.flatten(2)).view_as(back))
+
+
+@layouts
 @pytest.mark.parametrize("value", [0.0, -torch.inf, torch.inf, torch.nan])
 def test_the_first_of_equals_wins_and_nan_wins_over_all(device, value, layout):
     """(PyTorch's rule, bit for bit.)"""
