@@ -44,10 +44,12 @@ inline cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t sm
 #endif
 }
 
-// ---- 16 bytes to global memory (never shared) in one access ----------------------------------------------------------------
-// Left to itself, nvcc splits a vector store into four of 4 bytes where it stands behind a condition.
+// ---- 16 bytes to global or to shared memory in one access -------------------------------------------------------------------
+// Left to itself, nvcc splits a vector store into four of 4 bytes where it stands behind a condition. The instruction names the
+// kind of memory, so there are two functions, and the wrong one is an illegal access on a GPU; the emulator refuses it too.
 __device__ __forceinline__ void store16(void* gmem, const void* from) {
 #if defined(FISNET_EMU)
+  emu::check_space(gmem, false);
   struct alignas(16) Bits { uint64_t part[2]; } bits;
   memcpy(&bits, from, sizeof(bits));
   *static_cast<Bits*>(gmem) = bits;
@@ -55,6 +57,20 @@ __device__ __forceinline__ void store16(void* gmem, const void* from) {
   uint4 q;
   memcpy(&q, from, sizeof(q));
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(gmem)), "r"(q.x), "r"(q.y), "r"(q.z), "r"(q.w) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store16_shared(void* smem, const void* from) {
+#if defined(FISNET_EMU)
+  emu::check_space(smem, true);
+  struct alignas(16) Bits { uint64_t part[2]; } bits;
+  memcpy(&bits, from, sizeof(bits));
+  *static_cast<Bits*>(smem) = bits;
+#else
+  uint4 q;
+  memcpy(&q, from, sizeof(q));
+  const uint32_t s = static_cast<uint32_t>(__cvta_generic_to_shared(smem));
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(s), "r"(q.x), "r"(q.y), "r"(q.z), "r"(q.w) : "memory");
 #endif
 }
 

@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) zb_kernel(Zb
             FISNET_UNROLL
             for (int j = 0; j < W; ++j) s[k][j] = carrier ? s[k][j] * (value[k][j] / den[k][j]) : s[k][j] / den[k][j];
           }
-          store<T, W>(s_tile + item[k].slot * kPitch + item[k].c, s[k]);
+          store_shared<T, W>(s_tile + item[k].slot * kPitch + item[k].c, s[k]);
         }
       }
       cp_async_wait<0>();
@@ -367,11 +367,11 @@ __device__ __forceinline__ void load_image(const ZbBackwardParams& p, const Imag
       A part[kVec<T>];
       FISNET_UNROLL
       for (int k = 0; k < kVec<T>; ++k) part[k] = both[j + k];
-      store<T, kVec<T>>(signed_to + to + j, part);
+      store_shared<T, kVec<T>>(signed_to + to + j, part);
       if (!plain) continue;
       FISNET_UNROLL
       for (int k = 0; k < kVec<T>; ++k) part[k] = own[j + k];
-      store<T, kVec<T>>(plain + to + j, part);
+      store_shared<T, kVec<T>>(plain + to + j, part);
     }
   }
 }
@@ -567,8 +567,8 @@ __global__ void __launch_bounds__(kThreads, kTaps == 3 && sizeof(T) < 8 ? 2 : 1)
             if (carrier) s[k][j] *= value[k][j];
           }
         }
-        store<T, W>(s_tile + item[k].slot * kPitch + item[k].c, s[k]);
-        store<T, W>(z_tile + item[k].slot * kPitch + item[k].c, z_bar[k]);
+        store_shared<T, W>(s_tile + item[k].slot * kPitch + item[k].c, s[k]);
+        store_shared<T, W>(z_tile + item[k].slot * kPitch + item[k].c, z_bar[k]);
       }
     }
     load_image<T>(p, image, map, y0, x0, planes, planes + plane);
