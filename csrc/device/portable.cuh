@@ -27,6 +27,12 @@
 #endif
 
 namespace fisnet {
+#if !defined(FISNET_EMU)
+// A block has 48 KB of shared memory, static arrays included, unless its kernel asks for more. Dynamic shared memory of at most
+// this many bytes fits beside any arrays of ours.
+constexpr size_t kSureShared = 16 * 1024;
+#endif
+
 // ---- launch: the same call in both worlds, no <<<>>> ------------------------------------------------
 // Arguments become the kernel's parameter types here, so a wrong one is a compile error.
 template <typename... P, typename... A>
@@ -34,8 +40,19 @@ inline cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t sm
 #if defined(FISNET_EMU)
   return emu::launch(kernel, grid, block, smem, stream, static_cast<P>(args)...);
 #else
-  if (smem > 48 * 1024) {
-    cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
+  if (smem > kSureShared) {
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    cudaFuncAttributes has;
+    cudaError_t e = cudaFuncGetAttributes(&has, function);
+    if (e == cudaSuccess && smem > static_cast<size_t>(has.maxDynamicSharedSizeBytes)) {
+      // all that the device has, so that launches from other threads, of other sizes, never lower what this one needs
+      int device = 0, most = 0;
+      e = cudaGetDevice(&device);
+      if (e == cudaSuccess) e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      most -= static_cast<int>(has.sharedSizeBytes);
+      if (e == cudaSuccess && smem > static_cast<size_t>(most)) e = cudaErrorInvalidValue;
+      if (e == cudaSuccess) e = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
     if (e != cudaSuccess) return e;
   }
   cudaLaunchConfig_t cfg = {};
