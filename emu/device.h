@@ -14,6 +14,7 @@ enum class Access { read, write, atomic };
 
 [[noreturn]] void fail(const std::string& message);
 void touch(const void* p, size_t bytes, Access access, const void* pc);  // an access that the compiler's call-outs do not show
+void check_space(const void* p, bool shared);  // of an instruction that is for shared memory, or for all but shared memory
 void touch_row(const void* p, const void* pc);  // the 16 bytes of shared memory that a lane gives to ldmatrix
 
 // ---- shared memory ---------------------------------------------------------------------------------------------------

@@ -325,6 +325,10 @@ void* static_shared(SharedArray& array) {
 bool in_shared(const void* p, size_t bytes) {
   return address(p) >= address(grid.shared) && address(p) + bytes <= address(grid.shared) + grid.shared_bytes;
 }
+void check_space(const void* p, bool shared) {
+  Inside inside;
+  if (in_shared(p, 1) != shared) fail(shared ? "store to shared memory at an address elsewhere" : "store to global memory at an address in shared memory");
+}
 
 void mark_in_flight(const void* p, size_t bytes) {
   if (opt.check_races) shared_shadow.each(address(p), bytes, [](Cell& cell) { cell.write.in_flight = true; });

@@ -34,7 +34,7 @@ def close(got: Tensor, want: Tensor, bound: float = EXACT, what: str = "") -> No
 def grads(outputs: Any, inputs: list[Tensor], seed: int = 0) -> list[Tensor]:
     """Gradients of a random linear functional of the outputs, zeros where there is none."""
     outputs = [t for t in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) if t.requires_grad]
-    bars = [randn(*t.shape, seed=seed + i).to(t.dtype) for i, t in enumerate(outputs)]
+    bars = [randn(*t.shape, seed=seed + i).to(t) for i, t in enumerate(outputs)]
     found = torch.autograd.grad(outputs, inputs, bars, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found)]
 
@@ -99,7 +99,7 @@ def first_order(case: Case) -> None:
     assert all(torch.equal(a, b) for a, b in zip(once, twice))
     if not case.function:
         return
-    y_bar = randn(*y.shape, seed=5).requires_grad_()
+    y_bar = randn(*y.shape, seed=5).to(y.device).requires_grad_()
     first = torch.autograd.grad(y, inputs, y_bar, create_graph=True, allow_unused=True)
     total = sum(g.sum() for g in first if g is not None)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -157,9 +157,9 @@ def any_dtype(case: Case, draws: int = 5) -> None:
         errors: dict[str, list] = {}
         for seed in range(draws):
             shapes = [t.shape for t in case.inputs.values()]
-            drawn = [t * rand(*t.shape, seed=seed + i, low=0.9, high=1.1) for i, t in enumerate(case.inputs.values())]
+            drawn = [t * rand(*t.shape, seed=seed + i, low=0.9, high=1.1).to(t.device) for i, t in enumerate(case.inputs.values())]
             drawn = [t.to(dtype) for t in drawn]
-            rounded = [t.double() * (1 + unit * randn(*shape, seed=seed).sign()) for t, shape in zip(drawn, shapes)]
+            rounded = [t.double() * (1 + unit * randn(*shape, seed=seed).sign().to(t.device)) for t, shape in zip(drawn, shapes)]
             ways = (case.op, drawn), (case.formula, drawn), (case.formula, rounded)
             exact, *others = (
                 _value_and_grads(fn, [t.detach().clone().requires_grad_() for t in inputs], seed)

@@ -43,7 +43,7 @@ def _backward(consumers):
     def make(sizes, device, dtype):
         x = sizes.relevance(device=device, dtype=dtype, seed=1)
         grads = [sizes.relevance(device=device, dtype=dtype, seed=seed) for seed in range(2, 2 + consumers)]
-        weight = _channels(sizes, device, 9)
+        weight = _channels(sizes, device, 9).to(torch.float64 if dtype == torch.float64 else torch.float32)
         mean, rstd = torch.zeros_like(weight), torch.ones_like(weight)  # those of x: y > 0 where x > 0
         return (grads, pack_mask(x), x, mean, rstd, weight), {}
 

@@ -44,8 +44,8 @@ __device__ __forceinline__ void load(Acc<T> (&x)[W], const T* __restrict__ from)
   }
 }
 
-// To global memory; a vector is written by one instruction.
-template <typename T, int W>
+// A vector is written by one instruction: `store` to global memory, `store_shared` to shared memory.
+template <typename T, int W, bool kShared = false>
 __device__ __forceinline__ void store(T* __restrict__ to, const Acc<T> (&x)[W]) {
   if constexpr (W == 1) {
     *to = from_acc<T>(x[0]);
@@ -54,9 +54,12 @@ __device__ __forceinline__ void store(T* __restrict__ to, const Acc<T> (&x)[W]) 
     Pack<T> pack;
     FISNET_UNROLL
     for (int i = 0; i < W; ++i) pack.part[i] = from_acc<T>(x[i]);
-    store16(to, &pack);
+    if constexpr (kShared) store16_shared(to, &pack);
+    else store16(to, &pack);
   }
 }
+template <typename T, int W>
+__device__ __forceinline__ void store_shared(T* __restrict__ to, const Acc<T> (&x)[W]) { store<T, W, true>(to, x); }
 
 // ---- at launch -----------------------------------------------------------------------------------------------------------
 // Whether all the pointers (null ones are absent operands) sit on 16-byte boundaries.

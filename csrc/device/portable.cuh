@@ -27,6 +27,12 @@
 #endif
 
 namespace fisnet {
+#if !defined(FISNET_EMU)
+// A block has 48 KB of shared memory, static arrays included, unless its kernel asks for more. Dynamic shared memory of at most
+// this many bytes fits beside any arrays of ours.
+constexpr size_t kSureShared = 16 * 1024;
+#endif
+
 // ---- launch: the same call in both worlds, no <<<>>> ------------------------------------------------
 // Arguments become the kernel's parameter types here, so a wrong one is a compile error.
 template <typename... P, typename... A>
@@ -34,8 +40,19 @@ inline cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t sm
 #if defined(FISNET_EMU)
   return emu::launch(kernel, grid, block, smem, stream, static_cast<P>(args)...);
 #else
-  if (smem > 48 * 1024) {
-    cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
+  if (smem > kSureShared) {
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    cudaFuncAttributes has;
+    cudaError_t e = cudaFuncGetAttributes(&has, function);
+    if (e == cudaSuccess && smem > static_cast<size_t>(has.maxDynamicSharedSizeBytes)) {
+      // all that the device has, so that launches from other threads, of other sizes, never lower what this one needs
+      int device = 0, most = 0;
+      e = cudaGetDevice(&device);
+      if (e == cudaSuccess) e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      most -= static_cast<int>(has.sharedSizeBytes);
+      if (e == cudaSuccess && smem > static_cast<size_t>(most)) e = cudaErrorInvalidValue;
+      if (e == cudaSuccess) e = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
     if (e != cudaSuccess) return e;
   }
   cudaLaunchConfig_t cfg = {};
@@ -44,10 +61,12 @@ inline cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t sm
 #endif
 }
 
-// ---- 16 bytes to global memory (never shared) in one access ----------------------------------------------------------------
-// Left to itself, nvcc splits a vector store into four of 4 bytes where it stands behind a condition.
+// ---- 16 bytes to global or to shared memory in one access -------------------------------------------------------------------
+// Left to itself, nvcc splits a vector store into four of 4 bytes where it stands behind a condition. The instruction names the
+// kind of memory, so there are two functions, and the wrong one is an illegal access on a GPU; the emulator refuses it too.
 __device__ __forceinline__ void store16(void* gmem, const void* from) {
 #if defined(FISNET_EMU)
+  emu::check_space(gmem, false);
   struct alignas(16) Bits { uint64_t part[2]; } bits;
   memcpy(&bits, from, sizeof(bits));
   *static_cast<Bits*>(gmem) = bits;
@@ -55,6 +74,20 @@ __device__ __forceinline__ void store16(void* gmem, const void* from) {
   uint4 q;
   memcpy(&q, from, sizeof(q));
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(gmem)), "r"(q.x), "r"(q.y), "r"(q.z), "r"(q.w) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store16_shared(void* smem, const void* from) {
+#if defined(FISNET_EMU)
+  emu::check_space(smem, true);
+  struct alignas(16) Bits { uint64_t part[2]; } bits;
+  memcpy(&bits, from, sizeof(bits));
+  *static_cast<Bits*>(smem) = bits;
+#else
+  uint4 q;
+  memcpy(&q, from, sizeof(q));
+  const uint32_t s = static_cast<uint32_t>(__cvta_generic_to_shared(smem));
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(s), "r"(q.x), "r"(q.y), "r"(q.z), "r"(q.w) : "memory");
 #endif
 }
 

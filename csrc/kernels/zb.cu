@@ -222,7 +222,7 @@ template <int MT> struct ForwardTile {
 // memory: s of the tile and its halo in T, [position][channel], 80 bytes each (no bank conflicts for ldmatrix), and the
 // chunk's weights. s is never written out: the backward makes it again from what it reads anyway.
 // Accumulates in float32 (float64 for float64). Deterministic.
-// no 16-byte stores in double: fragments end in one or two neighbouring channels
+// no 16-byte stores: a lane ends with single values, of images with at most four channels
 template <typename T, int W, int MT, int NT>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) zb_kernel(ZbParams p) {
   using A = Acc<T>;
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) zb_kernel(Zb
             FISNET_UNROLL
             for (int j = 0; j < W; ++j) s[k][j] = carrier ? s[k][j] * (value[k][j] / den[k][j]) : s[k][j] / den[k][j];
           }
-          store<T, W>(s_tile + item[k].slot * kPitch + item[k].c, s[k]);
+          store_shared<T, W>(s_tile + item[k].slot * kPitch + item[k].c, s[k]);
         }
       }
       cp_async_wait<0>();
@@ -367,11 +367,11 @@ __device__ __forceinline__ void load_image(const ZbBackwardParams& p, const Imag
       A part[kVec<T>];
       FISNET_UNROLL
       for (int k = 0; k < kVec<T>; ++k) part[k] = both[j + k];
-      store<T, kVec<T>>(signed_to + to + j, part);
+      store_shared<T, kVec<T>>(signed_to + to + j, part);
       if (!plain) continue;
       FISNET_UNROLL
       for (int k = 0; k < kVec<T>; ++k) part[k] = own[j + k];
-      store<T, kVec<T>>(plain + to + j, part);
+      store_shared<T, kVec<T>>(plain + to + j, part);
     }
   }
 }
@@ -397,6 +397,7 @@ template <typename T> struct BackwardTile {
 // every map. Shared memory: the image under the tile; the chunk's weights, which then give way to s_bar; and, for K > 1 and 2-byte
 // types, the sum of carrier_bar over the maps (wider types add it up where it is written). Accumulates in float32 (float64 for
 // float64). Deterministic.
+// no 16-byte stores in double: its channels are taken one by one
 template <typename T, int W>
 __global__ void __launch_bounds__(kThreads, 2) zb_backward_kernel(ZbBackwardParams p) {
   using A = Acc<T>;
@@ -511,6 +512,7 @@ template <typename T> struct WeightTile {
 // the warps of a group every kSplit-th row of the tiles, and keep the sums in registers from the first tile to the last. Shared memory, in T: s and z_bar of the tile, [position][channel], and the image under it.
 // Each block and each part of the split leaves its sums in a slab of `partial`. Accumulates in float32 (float64 for float64). Deterministic.
 // no 16-byte loads in double: the tiles of 8-byte elements are staged one by one
+// no 16-byte stores: a block leaves its few sums once
 template <typename T, int W, int kTaps, int kSplit>
 __global__ void __launch_bounds__(kThreads, kTaps == 3 && sizeof(T) < 8 ? 2 : 1) zb_wgrad_kernel(ZbBackwardParams p) {
   using A = Acc<T>;
@@ -567,8 +569,8 @@ __global__ void __launch_bounds__(kThreads, kTaps == 3 && sizeof(T) < 8 ? 2 : 1)
             if (carrier) s[k][j] *= value[k][j];
           }
         }
-        store<T, W>(s_tile + item[k].slot * kPitch + item[k].c, s[k]);
-        store<T, W>(z_tile + item[k].slot * kPitch + item[k].c, z_bar[k]);
+        store_shared<T, W>(s_tile + item[k].slot * kPitch + item[k].c, s[k]);
+        store_shared<T, W>(z_tile + item[k].slot * kPitch + item[k].c, z_bar[k]);
       }
     }
     load_image<T>(p, image, map, y0, x0, planes, planes + plane);

@@ -47,6 +47,8 @@ BUGS = {
     "copy_past_the_end": Bug(f"out-of-bounds read of 256 bytes .*, 4 {PAST} 'x'", 1, settings={"n": 256}),
     "shared_past_the_end": Bug("out-of-bounds shared-memory write of 4 bytes", settings={"shared": 256}),
     "array_past_the_end": Bug("out-of-bounds shared-memory write of 4 bytes"),
+    "global_store_to_shared": Bug("store to global memory at an address in shared memory"),
+    "shared_store_to_global": Bug("store to shared memory at an address elsewhere", y=256),
     "write_to_input": Bug(r"write of byte \d+ of 'x' .*, which is read-only"),
     "misaligned_vector": Bug("misaligned read of 16 bytes at an address that is a multiple of 4", 8, 33, 32, settings={"n": 1}),
     "local_of_another_thread": Bug("read of another thread's local variable", 32, y=32),

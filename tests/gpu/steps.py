@@ -47,11 +47,12 @@ class Step:
         backend: "auto" for the kernels, or "reference".
         layout: memory format of images and weights.
         optimizer: also clip the gradients and let it step: "sgd" or "adam".
+        seed: of the images.
     """
 
     def __init__(
         self, name: str, variant: str, device: str, precision: str = "float32", backend: str = "auto",
-        layout: torch.memory_format = torch.channels_last, optimizer: str = "",
+        layout: torch.memory_format = torch.channels_last, optimizer: str = "", seed: int = 3,
     ) -> None:  # fmt: skip
         self.device, self.autocast = device, precision in ("bf16", "fp16")
         self.dtype = PRECISIONS[precision]
@@ -68,7 +69,7 @@ class Step:
             self.optimizer = torch.optim.Adam(self.parameters, lr=1e-3, capturable=device == "cuda")
         size = 64 if name in NETS[len(SMALL) :] else 32 if name in ("resnet18s", "densenets") else 16
         size = 32 if name == "vgg_bn" else size
-        g = torch.Generator().manual_seed(3)
+        g = torch.Generator().manual_seed(seed)
         batch = 3
         classes = [m for m in self.model.modules() if isinstance(m, nn.Linear)][-1].out_features
         self.x = torch.rand(batch, 3, size, size, generator=g).to(device, wide).contiguous(memory_format=layout)

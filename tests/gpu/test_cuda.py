@@ -128,6 +128,17 @@ def test_the_guard_catches_a_sync(cuda):
 
 
 @gpu
+@pytest.mark.parametrize("pixels", [(64, 72), (70, 70), (64, 80), (72, 72), (96, 100)])
+def test_shared_memory_about_48_kb(cuda, pixels):
+    """A block has 48 KB, static arrays included, unless its kernel asks for more: keys of 64x80 pixels take all of it."""
+    R, mask = torch.randn(2, 1, 1, *pixels, device=cuda), torch.rand(2, 1, *pixels, device=cuda).round()
+    settings = {"d": 0.99, "E": 1.0, "c1": 1.0, "c2": 5.0, "foreground": "hybrid", "normalization": "absRoIMean"}
+    got, want = (ops.heatmap_loss(R, mask, backend=backend, **settings) for backend in ("cuda", "reference"))
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+@gpu
 def test_more_than_48_kb_of_shared_memory(cuda, tmp_path):
     """The step of a network with a 7x7 stem and a large map to rank: right, and with kernels that ask for more than 48 KB."""
     from torch.profiler import ProfilerActivity, profile

@@ -59,11 +59,11 @@ def case(name, spatial, c_in, c_out, size, kernel=(), low=0.0, high=1.0, bias=Tr
     def op(R_out, x, W, b=None):
         with torch.no_grad():
             z = ops.fprop(x, W, b, geometry)
-        return ops.zb(R_out, x, z, W, b, low.to(x.dtype), high.to(x.dtype), E, geometry)
+        return ops.zb(R_out, x, z, W, b, low.to(x), high.to(x), E, geometry)
 
     def formula(R_out, x, W, b=None):
         with torch.enable_grad():
-            return zb(R_out, x, W, b, low.to(x.dtype), high.to(x.dtype), E, geometry)
+            return zb(R_out, x, W, b, low.to(x), high.to(x), E, geometry)
 
     return Case(name, op, formula, inputs)
 

@@ -189,6 +189,22 @@ template <bool kBug> __global__ void shared_past_the_end(UnitParams p) {
 }
 PLANTED(shared_past_the_end);
 
+// An instruction for global memory that gets an address in shared memory.
+template <bool kBug> __global__ void global_store_to_shared(UnitParams p) {
+  FISNET_SHARED(float, s, 256);
+  const float x[4] = {1, 2, 3, 4};
+  if (kBug) store<float, 4>(s + 4 * tid(), x); else store_shared<float, 4>(s + 4 * tid(), x);
+  __syncthreads();
+  to<float>(p)[tid()] = s[4 * tid()];
+}
+PLANTED(global_store_to_shared);
+
+template <bool kBug> __global__ void shared_store_to_global(UnitParams p) {
+  const float x[4] = {1, 2, 3, 4};
+  if (kBug) store_shared<float, 4>(to<float>(p) + 4 * tid(), x); else store<float, 4>(to<float>(p) + 4 * tid(), x);
+}
+PLANTED(shared_store_to_global);
+
 template <bool kBug> __global__ void array_past_the_end(UnitParams p) {
   FISNET_SHARED(float, first, 64);
   FISNET_SHARED(float, second, 64);
