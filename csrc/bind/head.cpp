@@ -1,5 +1,6 @@
 #include "../kernels/head.h"
 
+#include "maps.h"
 #include "new_tensor.h"
 
 namespace fisnet {
@@ -109,8 +110,7 @@ void set_pooled(const char* op, Params& p, const Tensor& a, const Tensor& g, con
   p.channels_last = planes.inner == 1;
   p.eps = eps;
   p.eps_plus = eps_plus;
-  if (eps_n.has_value()) check_like(op, "eps", *eps_n, a);
-  STD_TORCH_CHECK(!eps_n.has_value() || (eps_n->numel() == a.size(0) && eps_n->is_contiguous()), op, ": eps must have one value a sample");
+  check_eps(op, eps_n, a);
   STD_TORCH_CHECK(g_plus.has_value() == z_plus.has_value(), op, ": g_plus and z_plus come together");
   if (!z_plus.has_value()) return;
   STD_TORCH_CHECK(p.maps == 1, op, ": z_plus has one map a sample");

@@ -1,5 +1,6 @@
 #include "../kernels/max_pool.h"
 
+#include "maps.h"
 #include "new_tensor.h"
 
 namespace fisnet {
@@ -48,9 +49,7 @@ void check_phi(const char* op, const Tensor& a, const OptTensor& eps_n, const Te
   check_like(op, "a", a, r);
   check_4d(op, "a", a, channels_last);
   STD_TORCH_CHECK(a.size(0) == winners.size(0) && a.size(1) == winners.size(1), op, ": a must be [N, C, H, W] over the winners' [N, C, ...]");
-  if (!eps_n.has_value()) return;
-  check_like(op, "eps", *eps_n, r);
-  STD_TORCH_CHECK(eps_n->numel() == a.size(0) && eps_n->is_contiguous(), op, ": eps must have one value a sample");
+  check_eps(op, eps_n, a);
 }
 
 std::tuple<Tensor, Tensor> max_pool(

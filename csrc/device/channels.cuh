@@ -5,12 +5,6 @@
 #include "numeric.cuh"
 
 namespace fisnet {
-// The channel of element `at` of one sample; 32-bit arithmetic, because one sample has fewer than 2^31 elements (a 64-bit
-// division is a subroutine call on a GPU, and costs registers around it).
-__device__ __forceinline__ int channel_of(const Planes& p, int64_t at) {
-  return static_cast<int>(static_cast<uint32_t>(at) / static_cast<uint32_t>(p.inner) % static_cast<uint32_t>(p.channels));
-}
-
 // Whether `channel_values` can serve vectors of `width` elements.
 inline bool channel_vectors(const Planes& p, int width) { return p.inner == 1 ? p.channels % width == 0 : p.inner >= width; }
 
@@ -29,7 +23,9 @@ __device__ __forceinline__ void neighbours(A (&out)[W], const A* __restrict__ fr
   }
 }
 
-// The per-channel values beside the W elements from `at` of one sample; `values` sits on a 16-byte boundary when W > 1.
+// The per-channel values beside the W elements from `at` of one sample; `values` sits on a 16-byte boundary when W > 1. 32-bit
+// arithmetic, because one sample has fewer than 2^31 elements (a 64-bit division is a subroutine call on a GPU, and costs
+// registers around it).
 template <int W, typename A>
 __device__ __forceinline__ void channel_values(A (&out)[W], const A* __restrict__ values, const Planes& p, int64_t at) {
   const uint32_t place = static_cast<uint32_t>(at);

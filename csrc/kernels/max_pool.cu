@@ -5,6 +5,7 @@
 #include "../device/bytes.cuh"
 #include "../device/maps.cuh"
 #include "../device/phi.cuh"
+#include "phi_scale.h"
 
 namespace fisnet {
 namespace {
@@ -221,39 +222,6 @@ __global__ void __launch_bounds__(kMapThreads, 2) max_pool_gather_kernel(MaxPool
   }
 }
 
-template <typename T, int W>
-__device__ __forceinline__ void phi_adjoint_at(const MaxPoolGatherParams& p, int64_t size, int64_t at) {
-  using A = Acc<T>;
-  for (int64_t n = blockIdx.y; n < p.samples; n += gridDim.y) {
-    A a_bar[W] = {};
-    for (int k = 0; k < p.maps; ++k) {
-      const int64_t j = (n * p.maps + k) * size + at;
-      const Raw<T, W> a = fetch<W>(static_cast<const T*>(p.a), n * size + at);
-      const Raw<T, W> s_bar = fetch<W>(static_cast<const T*>(p.s_bar), j), s = fetch<W>(p.a_bar ? static_cast<const T*>(p.s) : nullptr, j);
-      const A e = eps_of<T>(p.eps, p.eps_n, n);
-      Raw<T, W> skip_bar;
-      FISNET_UNROLL
-      for (int i = 0; i < W; ++i) {
-        const A alive = gated(a[i], e);
-        const Divisor<A> over(denominator(alive, e));
-        skip_bar.set(i, over(alive) * s_bar[i]);
-        a_bar[i] += over(alive == A(0) ? A(0) : e) * Divisor<A>(denominator(alive, A(0)))(s[i]) * s_bar[i];  // dead: nothing
-      }
-      put(static_cast<T*>(p.skip_bar), j, skip_bar);
-    }
-    if (p.a_bar) store<T, W>(static_cast<T*>(p.a_bar) + n * size + at, a_bar);
-  }
-}
-
-// What the fused transpose gives its other operands: a_bar = sum_k e (s / a) (s_bar / (a + e)), the ratios first, so that
-// products of small numbers do not underflow; skip_bar = a / (a + e) . s_bar.
-// A thread owns W elements of every gridDim.y-th sample's input, and all K maps. No shared memory. Deterministic.
-template <typename T, int W>
-__global__ void __launch_bounds__(kMapThreads, 4) max_pool_phi_adjoint_kernel(MaxPoolGatherParams p) {
-  const int64_t size = static_cast<int64_t>(p.channels) * p.windows.in_h * p.windows.in_w;
-  each_vector<W>(size, [&](int64_t at, auto width) { phi_adjoint_at<T, decltype(width)::value>(p, size, at); });
-}
-
 // Vectors of W run over channels: only in channels_last, and where all start on 16 bytes.
 template <typename T, typename P> bool wide(const P& p) { return p.channels_last && p.channels % kVec<T> == 0; }
 
@@ -278,10 +246,6 @@ template <typename T, int W>
 int gather(const MaxPoolGatherParams& p, cudaStream_t stream) {
   const Maps out{p.samples, p.maps, static_cast<int64_t>(p.channels) * p.windows.out_h * p.windows.out_w};
   return static_cast<int>(launch(max_pool_gather_kernel<T, W>, pool_grid(out, W), dim3(kMapThreads), 0, stream, p));
-}
-template <typename T, int W>
-int phi_adjoint(const MaxPoolGatherParams& p, const Maps& in, cudaStream_t stream) {
-  return static_cast<int>(launch(max_pool_phi_adjoint_kernel<T, W>, map_grid(in, W), dim3(kMapThreads), 0, stream, p));
 }
 template <typename P> bool no_pixels(const P& p) {
   const Windows& v = p.windows;
@@ -310,14 +274,18 @@ int launch_max_pool_scatter(const MaxPoolScatterParams& p, void* stream) {
 int launch_max_pool_gather(const MaxPoolGatherParams& p, void* stream) {
   if (no_pixels(p) || p.maps == 0) return 0;
   const auto st = static_cast<cudaStream_t>(stream);
-  return with_type(p.dtype, [&](auto tag) {
+  const int error = with_type(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const int error = wide<T>(p) && aligned16(p.s_bar, p.winners, p.a, p.g_bar) ? gather<T, kVec<T>>(p, st) : gather<T, 1>(p, st);
-    if (error || (!p.a_bar && !p.skip_bar)) return error;
-    const Maps in{p.samples, p.maps, static_cast<int64_t>(p.channels) * p.windows.in_h * p.windows.in_w};
-    const bool vectors = in.vectors(kVec<T>) && aligned16(p.s_bar, p.s, p.a, p.a_bar, p.skip_bar);
-    return vectors ? phi_adjoint<T, kVec<T>>(p, in, st) : phi_adjoint<T, 1>(p, in, st);
+    return wide<T>(p) && aligned16(p.s_bar, p.winners, p.a, p.g_bar) ? gather<T, kVec<T>>(p, st) : gather<T, 1>(p, st);
   });
+  if (error || (!p.a_bar && !p.skip_bar)) return error;
+  PhiScaleBackwardParams phi{};  // what the ReLU gives its other operands: the adjoint of phi_scale there
+  phi.dtype = p.dtype;
+  phi.shape = {p.samples, p.maps, static_cast<int64_t>(p.channels) * p.windows.in_h * p.windows.in_w};
+  phi.eps = p.eps; phi.eps_n = p.eps_n;
+  phi.s_bar = p.s_bar; phi.s = p.s; phi.a = p.a;
+  phi.g_bar = p.skip_bar; phi.a_bar = p.a_bar;
+  return launch_phi_scale_backward(phi, stream);
 }
 
 FISNET_LAUNCHER(max_pool, launch_max_pool);
@@ -329,6 +297,4 @@ FISNET_KERNEL(max_pool_scatter_kernel<float, 4>);
 FISNET_KERNEL(max_pool_scatter_kernel<__nv_bfloat16, 8>);
 FISNET_KERNEL(max_pool_gather_kernel<float, 4>);
 FISNET_KERNEL(max_pool_gather_kernel<__nv_bfloat16, 8>);
-FISNET_KERNEL(max_pool_phi_adjoint_kernel<float, 4>);
-FISNET_KERNEL(max_pool_phi_adjoint_kernel<__nv_bfloat16, 8>);
 }  // namespace fisnet

@@ -37,7 +37,7 @@ struct PhiScaleBackwardParams {
   const void* s;        // [samples, maps, size]; null when neither a_bar nor scale_bar is wanted
   const void* a;        // [samples, size]
   const void* scale;    // [channels] accumulation type, or null
-  void* g_bar;          // [samples, maps, size]
+  void* g_bar;          // [samples, maps, size] or null
   void* a_bar;          // [samples, size] or null
   int slabs;            // of partial: ChannelGrid::of(planes, width).slabs
   void* partial;        // [slabs, channels] accumulation type, or null; scratch for scale_bar

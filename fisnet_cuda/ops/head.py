@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._backend import kernel
+from .phi import as_epsilon
 
 
 class _EtaStart(torch.autograd.Function):
@@ -147,7 +148,7 @@ def pooled_phi(
         tensor([[[0.0000, 1.0000, 1.5000, 0.0000]]])
     """
     _check_pooled("g", g, a)
-    return _PooledPhi.apply(g, a, eps if isinstance(eps, Tensor) else float(eps), backend)
+    return _PooledPhi.apply(g, a, as_epsilon(eps), backend)
 
 
 class _PooledDualPhi(torch.autograd.Function):
@@ -208,7 +209,7 @@ def pooled_dual_phi(
         _check_pooled(name, t, a)
     if g.shape != g_plus.shape or g.shape[0] != a.shape[0] or z_plus.shape != a.shape:
         raise ValueError(f"g and g_plus must have one map a sample, and z_plus the shape of a, {tuple(a.shape)}")
-    return _PooledDualPhi.apply(g, g_plus, a, z_plus, eps if isinstance(eps, Tensor) else float(eps), float(eps_plus), backend)
+    return _PooledDualPhi.apply(g, g_plus, a, z_plus, as_epsilon(eps), float(eps_plus), backend)
 
 
 def _check_pooled(name: str, g: Tensor, a: Tensor) -> None:

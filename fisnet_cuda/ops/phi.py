@@ -86,7 +86,7 @@ def phi_scale(
         tensor([[0.0000, 0.7500]])
     """
     _check_maps("g", g, a)
-    eps = _number(eps)
+    eps = as_epsilon(eps)
     if scale is None and rest is not None:
         raise ValueError("rest is added behind scale: pass scale too, or add it yourself")
     if copies < 1:
@@ -157,7 +157,7 @@ def dual_phi(
     for name, t in (("g_plus", g_plus), ("a", a), ("z_plus", z_plus)):
         if t.shape != g.shape:
             raise ValueError(f"{name} must have the shape of g, {tuple(g.shape)}, got {tuple(t.shape)}")
-    return _DualPhi.apply(g, g_plus, a, z_plus, _number(eps), float(eps_plus), backend)
+    return _DualPhi.apply(g, g_plus, a, z_plus, as_epsilon(eps), float(eps_plus), backend)
 
 
 def relative_epsilon(a: Tensor, eps: float) -> Tensor:  # [N, C, ...] -> [N, 1, ...]
@@ -225,7 +225,7 @@ def stabilised_ratio(
         tensor([[ 0.5000, -0.5000]])
     """
     _check_maps("R", R, z)
-    eps = _number(eps)
+    eps = as_epsilon(eps)
     if not torch.is_grad_enabled():
         return kernel("ratio", backend, R)(R, z, eps, nonneg)[0]
     return _Ratio.apply(R, z, eps, nonneg, backend)
@@ -246,7 +246,13 @@ def times(v: Tensor, g: Tensor) -> Tensor:
     return reference.phi.fold_maps(R, v)
 
 
-def _number(eps: float | Tensor) -> float | Tensor:
+def as_epsilon(eps: float | Tensor) -> float | Tensor:
+    """An epsilon as ops keep it: a tensor (one a sample) as it is, a number as a float.
+
+    Example:
+        >>> as_epsilon(1)
+        1.0
+    """
     return eps if isinstance(eps, Tensor) else float(eps)
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._backend import kernel
+from ..reference.head import spread
+from .phi import as_epsilon
 
 
 def max_pool(x: Tensor, spatial: int, adaptive: bool, settings: tuple, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -141,8 +143,7 @@ def max_pool_transposed_phi(
     in_size = tuple(in_size)
     if tuple(a.shape[2:]) != in_size or a.shape[:2] != winners.shape[:2]:
         raise ValueError(f"a must be {(*winners.shape[:2], *in_size)}, the pool's input, got {tuple(a.shape)}")
-    eps = eps if isinstance(eps, Tensor) else float(eps)
-    return _MaxPoolTransposedPhi.apply(g, winners, in_size, pool, a, eps, skip, backend)
+    return _MaxPoolTransposedPhi.apply(g, winners, in_size, pool, a, as_epsilon(eps), skip, backend)
 
 
 _AVG_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -169,10 +170,7 @@ def avg_pool_transposed(g: Tensor, spatial: int, adaptive: bool, settings: tuple
         tensor([[[0.2500, 0.2500, 0.2500, 0.2500]]])
     """
     if adaptive and all(size == 1 for size in g.shape[2:]):  # global pool: nothing but a broadcast
-        count = 1
-        for size in in_size:
-            count *= size
-        return (g / count).expand(*g.shape[:2], *in_size)
+        return spread(g, in_size)
     if spatial == 1:  # PyTorch has no 1-d backward op: run it as a 2-d pool of height 1
         settings2 = ((1, _one(settings[0])),) if adaptive else _as_2d(settings)
         return avg_pool_transposed(g.unsqueeze(2), 2, adaptive, settings2, (1, *in_size)).squeeze(2)

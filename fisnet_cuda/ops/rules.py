@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import reference
 from .._backend import kernel
 from ..reference import Geometry
 from .linear_maps import fprop, positive_part, transposed
@@ -146,17 +145,6 @@ def plus_linear_denominator(P: Tensor, bias: Tensor | None) -> Tensor:
         tensor([[2., 1.]])
     """
     return P if bias is None else P + bias.detach().clamp(min=0)
-
-
-def plus_start(z_plus: Tensor, eps: float) -> Tensor:
-    """``s+ = z+ / (z+ + e)``: relevance per unit of the last layer's sums, where Dual's z+ map starts from all of them.
-
-    Example:
-        >>> import torch
-        >>> plus_start(torch.tensor([[1.0, 3.0]]), 1.0)
-        tensor([[0.5000, 0.7500]])
-    """
-    return z_plus / reference.stabilise(z_plus, eps, nonneg=True)
 
 
 class _PlusAffine(torch.autograd.Function):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -86,21 +89,14 @@ def plus_start_backward(
     return s_bar / den * (eps / den)
 
 
-def _spread(g: Tensor, like: Tensor) -> Tensor:
-    """A global average pool's transpose: ``g [N*K, C, 1, ...] -> [N*K, C, ...]``, a view."""
-    return (g / _pixels(like)).expand(*g.shape[:2], *like.shape[2:])
+def spread(g: Tensor, size: Sequence[int]) -> Tensor:
+    """A global average pool's transpose: ``g [N*K, C, 1, ...] -> [N*K, C, *size]``, a view."""
+    return (g / math.prod(size)).expand(*g.shape[:2], *size)
 
 
 def _collect(g_bar: Tensor) -> Tensor:
-    """The adjoint of `_spread`."""
-    return g_bar.sum(list(range(2, g_bar.dim())), keepdim=True).div_(_pixels(g_bar))
-
-
-def _pixels(t: Tensor) -> int:
-    count = 1
-    for size in t.shape[2:]:
-        count *= size
-    return count
+    """The adjoint of `spread`."""
+    return g_bar.sum(list(range(2, g_bar.dim())), keepdim=True).div_(math.prod(g_bar.shape[2:]))
 
 
 def pooled_phi(
@@ -109,7 +105,7 @@ def pooled_phi(
     eps: Epsilon,
 ) -> Tensor:  # [N*K, C, ...]
     """``s = phi(a) . g / (H W)``: LRP-epsilon at the ReLU before a global average pool."""
-    return phi_scale(_spread(g, a), a, eps)[1]
+    return phi_scale(spread(g, a.shape[2:]), a, eps)[1]
 
 
 def pooled_phi_backward(
@@ -134,7 +130,7 @@ def pooled_dual_phi(
     eps_plus: float,
 ) -> tuple[Tensor, Tensor]:  # ([N, C, ...], [N, C, ...])
     """Both rules of Dual there: ``s = phi(a) g / (H W)``, ``s+ = a (g+ / (H W)) / (z+ + e)``."""
-    return dual_phi(_spread(g, a), _spread(g_plus, a), a, z_plus, eps, eps_plus)
+    return dual_phi(spread(g, a.shape[2:]), spread(g_plus, a.shape[2:]), a, z_plus, eps, eps_plus)
 
 
 def pooled_dual_phi_backward(

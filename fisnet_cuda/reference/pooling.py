@@ -6,6 +6,8 @@ one byte, the position inside the window, ``kh * kernel_w + kw``; functions that
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,9 +77,9 @@ def max_pool_scatter(g: Tensor, winners: Tensor, in_size: tuple[int, ...], pool:
     index = _expand_maps(winners, maps)
     if _channels_inside(g):
         index, source = _positions_last_but_channels(index), _positions_last_but_channels(g)
-        out = g.new_zeros(g.shape[0], _product(in_size), g.shape[1]).scatter_add_(1, index, source)
+        out = g.new_zeros(g.shape[0], math.prod(in_size), g.shape[1]).scatter_add_(1, index, source)
         return out.unflatten(1, in_size).movedim(-1, 1)
-    out = g.new_zeros(*g.shape[:2], _product(in_size)).scatter_add_(2, index.flatten(2), g.flatten(2))
+    out = g.new_zeros(*g.shape[:2], math.prod(in_size)).scatter_add_(2, index.flatten(2), g.flatten(2))
     return out.unflatten(2, in_size)
 
 
@@ -120,10 +122,3 @@ def max_pool_scatter_phi_backward(
     """``(g_bar, a_bar, skip_bar)``: ``skip_bar = phi(a) s_bar``, ``g_bar`` its winners, ``a_bar = e (s/a)(s_bar/(a + e))``."""
     skip_bar, a_bar, _ = phi_scale_backward(s_bar, s, a, eps, need_a=need_a)
     return max_pool_gather(skip_bar, winners, pool), a_bar, skip_bar if need_skip else None
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    n = 1
-    for size in sizes:
-        n *= size
-    return n

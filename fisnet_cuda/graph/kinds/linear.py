@@ -97,20 +97,26 @@ def _zplus(b, index, node, stream, rule) -> None:
     factor = None if scale is None else b.emit(node.name, rule, "|scale|", torch.abs, (scale,))
     everything = stream.of_form(index, "all")
     if everything and not geometry.spatial and scale is None:
-        s = b.emit(node.name, rule, "start", ops.plus_start, (P, shift, eps), kernel="plus_start", backend=b.backend)
+        s = _start(b, node, rule, P, shift)
     else:
         if geometry.spatial or scale is not None:
             z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_denominator, (P, factor, shift))
         else:
             z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_linear_denominator, (P, shift))
         if everything:
-            s = b.emit(node.name, rule, "start", rule_ops.plus_start, (z_plus, eps))
+            s = _start(b, node, rule, z_plus, None)
         else:
             R = stream.take_R(out, node.name)
             s = b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, eps, True))
     operands = (s, W, geometry, _in_size(b, node), factor)
     g = b.emit(node.name, rule, f"{node.kind}+^T", ops.transposed, operands, kernel="dgrad", backend=b.backend)
     stream.give(source, "g", g)
+
+
+def _start(b, node, rule, P, bias) -> Slot:
+    """Dual's z+ map starts from all of the last layer's sums."""
+    operands = (P, bias, float(rule.eps))
+    return b.emit(node.name, rule, "start", ops.plus_start, operands, kernel="plus_start", backend=b.backend)
 
 
 def _zplus_two_sided(b, index, node, stream, rule, pairs) -> None:
@@ -133,7 +139,7 @@ def _zplus_two_sided(b, index, node, stream, rule, pairs) -> None:
             R = stream.alone(out, own).take_R(out, node.name)
             plus.append(b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, eps, True)))
         else:
-            plus.append(b.emit(node.name, rule, "start", rule_ops.plus_start, (z_plus, eps)))
+            plus.append(_start(b, node, rule, z_plus, None))
     s_minus = stream.sum(minus, node.name) if minus else None
     operands = (stream.sum(plus, node.name), s_minus, Slot(source), W, geometry, _in_size(b, node), signed)
     g = b.emit(node.name, rule, f"{node.kind}+^T", rule_ops.plus_transposed, operands, backend=b.backend)

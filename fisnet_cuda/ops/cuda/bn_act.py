@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import kernel_for
-from .layout import acc_dtype, dense, is_channels_last, vector
+from .layout import acc_dtype, dense, fit, is_channels_last, vector
 
 _MOST_GRADS = 4  # that one kernel joins; BnBackwardParams::kMostGrads
 
@@ -98,12 +98,7 @@ def bn_act_backward(
 
 def _like(t: Tensor | None, x: Tensor) -> Tensor | None:
     """``t`` in the dtype and the layout of a dense ``x``."""
-    if t is None:
-        return None
-    memory_format = torch.contiguous_format
-    if is_channels_last(x):
-        memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    return t.to(x.dtype).contiguous(memory_format=memory_format)
+    return None if t is None else fit(t.to(x.dtype), is_channels_last(x))
 
 
 @torch.library.register_fake("fisnet::bn_statistics")

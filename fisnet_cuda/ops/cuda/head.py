@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from . import kernel_for
-from .layout import acc_dtype, dense
-from .phi_scale import split_eps
+from .layout import acc_dtype, dense, one_dtype, split_eps
 
 
 @kernel_for
@@ -26,7 +25,7 @@ def eta_start_backward(start_bar: Tensor, logits: Tensor, index: Tensor, eta_eps
 @kernel_for
 def plus_start(P: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """See `fisnet_cuda.reference.plus_start`."""
-    P, bias = _one_dtype(P, bias)
+    P, bias = _dense_rows(P, bias)
     return torch.ops.fisnet.plus_start(P, bias, eps)
 
 
@@ -34,7 +33,7 @@ def plus_start(P: Tensor, bias: Tensor | None, eps: float) -> Tensor:
 def plus_start_backward(s_bar: Tensor, P: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """See `fisnet_cuda.reference.plus_start_backward`."""
     dtype_P = P.dtype
-    s_bar, P, bias = _one_dtype(s_bar, P, bias)
+    s_bar, P, bias = _dense_rows(s_bar, P, bias)
     return torch.ops.fisnet.plus_start_backward(s_bar, P, bias, eps).to(dtype_P)
 
 
@@ -91,11 +90,9 @@ def _flat(g: Tensor) -> Tensor:
     return g.reshape(g.shape[:2])
 
 
-def _one_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
-    dtype = tensors[0].dtype
-    for t in tensors[1:]:
-        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
-    return [None if t is None else t.to(dtype).contiguous() for t in tensors]
+def _dense_rows(*tensors: Tensor | None) -> list[Tensor | None]:
+    """``[..., C]`` in one dtype, contiguous."""
+    return [None if t is None else t.contiguous() for t in one_dtype(*tensors)]
 
 
 @torch.library.register_fake("fisnet::eta_start")

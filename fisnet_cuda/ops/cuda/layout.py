@@ -21,17 +21,20 @@ def is_channels_last(t: Tensor) -> bool:
     return memory_format is not None and not t.is_contiguous() and t.is_contiguous(memory_format=memory_format)
 
 
-def dense(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor | None]:
-    """The tensors ``[*, C, ...]`` in one dtype (the widest of theirs unless given) and in one layout.
+def one_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the widest of their dtypes."""
+    dtype = functools.reduce(torch.promote_types, {t.dtype for t in tensors if t is not None})
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors ``[*, C, ...]`` in one dtype, the widest of theirs, and in one layout.
 
     The layout is channels_last where the first tensor is, else contiguous; a tensor that is both (one channel, or one
     pixel) leaves it to the next. Tensors that fit come back as they are.
     """
-    given = [t for t in tensors if t is not None]
-    if dtype is None:
-        dtype = functools.reduce(torch.promote_types, {t.dtype for t in given})
-    last = next((is_channels_last(t) for t in given if not _either(t)), False)
-    return [None if t is None else _fit(t.to(dtype), last) for t in tensors]
+    last = next((is_channels_last(t) for t in tensors if t is not None and not _either(t)), False)
+    return [None if t is None else fit(t, last) for t in one_dtype(*tensors)]
 
 
 def _either(t: Tensor) -> bool:
@@ -39,7 +42,8 @@ def _either(t: Tensor) -> bool:
     return t.dim() in _CHANNELS_LAST and t.is_contiguous() and t.is_contiguous(memory_format=_CHANNELS_LAST[t.dim()])
 
 
-def _fit(t: Tensor, channels_last: bool) -> Tensor:
+def fit(t: Tensor, channels_last: bool) -> Tensor:
+    """``t`` itself or a copy of it, dense in one of the two layouts."""
     return t.contiguous(memory_format=_CHANNELS_LAST[t.dim()]) if channels_last else t.contiguous()
 
 
@@ -53,8 +57,3 @@ def split_eps(eps: float | Tensor, a: Tensor) -> tuple[float, Tensor | None]:
     if isinstance(eps, Tensor):
         return 0.0, eps.to(a.dtype).reshape(-1).contiguous()
     return eps, None
-
-
-def or_none(t: Tensor) -> Tensor | None:
-    """An operator's result, None where it is absent (operators return an empty tensor then)."""
-    return t if t.numel() else None

@@ -9,8 +9,7 @@ from torch.autograd.function import once_differentiable
 from ... import reference
 from ...reference.pooling import window_of
 from . import kernel_for
-from .layout import dense, is_channels_last
-from .phi_scale import split_eps
+from .layout import dense, fit, is_channels_last, split_eps
 
 _ONE_BYTE = 256
 
@@ -134,7 +133,7 @@ max_pool_scatter_phi.serves = lambda g, winners, in_size, pool, *rest: _unserved
 def _beside(winners: Tensor, *tensors: Tensor | None) -> Tensor:
     """The winners in the layout of the tensors they stand beside."""
     last = any(t is not None and is_channels_last(t) for t in tensors)
-    return winners.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return fit(winners, last)
 
 
 def _like(t: Tensor, shape: tuple[int, ...], *others: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

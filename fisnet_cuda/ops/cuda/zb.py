@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import reference
 from ...reference import Geometry
 from . import kernel_for
-from .layout import acc_dtype, dense, vector
+from .layout import acc_dtype, dense, fit, one_dtype, vector
 
 MAX_CHANNELS, MAX_KERNEL, MAX_STRIDE = 4, 7, 2
 
@@ -53,18 +53,11 @@ def _runs(geometry: Geometry, x: Tensor, W: Tensor, low: Tensor, high: Tensor) -
 
 def _operands(R_out, x, z, W, shift, low, high, geometry, carrier) -> tuple:
     """The operands in one dtype, outputs' side in one layout, bounds as vectors ``[C_in]``."""
-    R_out, z, carrier, x, W = _one_dtype(R_out, z, carrier, x, W)
+    R_out, z, carrier, x, W = one_dtype(R_out, z, carrier, x, W)
     R_out, z, carrier = dense(R_out, z, carrier)
     (x,) = dense(x)
     low, high = (vector(b.reshape(-1).expand(x.shape[1]), x) for b in (low, high))
     return R_out, x, z, W.contiguous(), vector(shift, x), low, high, geometry.stride[0], geometry.padding[0], carrier
-
-
-def _one_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
-    dtype = tensors[0].dtype
-    for t in tensors[1:]:
-        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
-    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 @kernel_for
@@ -96,7 +89,7 @@ def zb_backward(
     R_out, x, z, W, shift, low, high, stride, padding, carrier = _operands(
         R_out, x, z, W, shift, low, high, geometry, carrier
     )
-    R_bar = R_bar.to(x.dtype).contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
+    R_bar = fit(R_bar.to(x.dtype), not x.is_contiguous())
     R_out_bar, W_bar, shift_bar, carrier_bar = torch.ops.fisnet.zb_backward(
         R_bar, R_out, x, z, W, shift, low, high, eps, stride, padding, need_W, carrier
     )
