@@ -16,7 +16,8 @@ PLAIN = "plain"
 VARIANTS = ("selective", "stochastic", "dual", "original")
 DOUBLE_BACKWARD = "double_backward"
 CASES = (PLAIN, *VARIANTS, DOUBLE_BACKWARD)
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Setup:
         classes, batch, size: outputs of the network; images ``[batch, 3, size, size]``.
         layout: "channels_last" or "contiguous".
         device: "cpu" or "cuda".
-        precision: "fp32"; "tf32" (CUDA); or "bf16", which is autocast.
+        precision: "fp32"; "tf32" (CUDA); or "bf16" or "fp16", which are autocast (without a
+            loss scaler, which would look at the gradients and stop the GPU).
     """
 
     model: str
@@ -52,7 +54,7 @@ class Setup:
 
     def autocast(self) -> torch.autocast:
         """The context of the forward and the loss."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.device, AUTOCAST.get(self.precision, torch.bfloat16), enabled=self.precision in AUTOCAST)
 
     def network(self) -> nn.Module:
         """The network, the same weights every time."""

@@ -267,6 +267,7 @@ class Report:
         bars: targets and verdicts.
         notes: what was left out, and why.
         wrong: a case computed something else than it should.
+        failed: something else that the exit code must tell.
     """
 
     name: str
@@ -278,6 +279,7 @@ class Report:
     bars: list[Bar] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     wrong: bool = False
+    failed: bool = False
 
     def add(self, **row: Any) -> None:
         """Append a row; percentiles may be given as a `Spread`."""
@@ -389,7 +391,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="a tiny run that only shows that everything works")
     p.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files (benchmarks/results)")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="tf32 and bf16 are for CUDA")
+    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="tf32, bf16 and fp16 are for CUDA")
     p.add_argument("--layout", choices=("channels_last", "contiguous"), default="channels_last")
     p.add_argument("--threads", type=int, help="torch.set_num_threads; PyTorch's own choice by default")
     return p
@@ -410,7 +412,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options, for the result file; where files lie is no setting."""
-    elsewhere = ("out", "path", "peaks", "part", "wait", "until", "authors")
+    elsewhere = ("out", "path", "peaks", "part", "wait", "until", "authors", "cache")
     return {key: value for key, value in vars(options).items() if key not in elsewhere}
 
 
@@ -426,9 +428,9 @@ def is_protocol(setup: Setup) -> bool:
 
 
 def finish(report: Report, options: argparse.Namespace, draw: Callable[[Report, Path], None]) -> int:
-    """Write the files, print the table and where the files are; returns the exit code, 1 for a wrong result."""
+    """Write the files, print the table and where the files are; returns the exit code, 1 for a wrong result or another failure."""
     paths = report.write(options.out, draw)
     print(report.markdown())
     for path in paths:
         print(path)
-    return int(report.wrong)
+    return int(report.wrong or report.failed)

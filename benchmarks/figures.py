@@ -190,6 +190,62 @@ def growth(path: Path, title: str, subtitle: str, panels: Mapping[str, Sequence[
     _save(figure, path)
 
 
+@dataclass(frozen=True)
+class Dot:
+    """A kernel's time over another's: p50 with p20 to p80; ``chosen`` ones are filled."""
+
+    label: str
+    value: Spread
+    chosen: bool
+
+
+def dots(
+    path: Path, title: str, subtitle: str, panels: Mapping[str, Sequence[Dot]], xlabel: str, chosen_text: str, other_text: str,
+) -> None:  # fmt: skip
+    """A dot for each label, sorted by value, with a line at 1; a panel below the other.
+
+    Args:
+        path: of the PNG.
+        title, subtitle: above.
+        panels: title of a panel -> its dots.
+        xlabel: the ratio.
+        chosen_text, other_text: what the legend calls filled and hollow dots.
+    """
+    counts = [len(found) for found in panels.values()]
+    heights = [0.9 + 0.19 * count for count in counts]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(12, 1.3 + sum(heights)), squeeze=False, layout="constrained", height_ratios=heights
+    )
+    values = [dot.value for found in panels.values() for dot in found]
+    low, high = min([0.9, *(v.p20 for v in values)]), max([1.1, *(v.p80 for v in values)])
+    high = min(high, 2.0)  # a kernel that is far too slow is an arrow at the edge
+    for ax, (name, found) in zip(axes[:, 0], panels.items()):
+        found = sorted(found, key=lambda dot: dot.value.p50)
+        for y, dot in enumerate(found):
+            v, colour = dot.value, BLUE if dot.chosen else GREY
+            ax.plot([v.p20, min(v.p80, high)], [y, y], color=colour, lw=1.2)
+            ax.plot(
+                min(v.p50, high), y, marker="o" if v.p50 <= high else ">", ms=5, color=colour,
+                markerfacecolor=colour if dot.chosen else "white",
+            )  # fmt: skip
+        ax.axvline(1, color="black", lw=1.2)
+        ax.set_yticks(range(len(found)), [dot.label for dot in found], fontsize=7)
+        ax.set_ylim(len(found) - 0.4, -0.6)
+        ax.set_xlim(low - 0.03, high + 0.03)
+        ax.set_xlabel(xlabel, fontsize=9)
+        ax.grid(color="0.93")
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_title(name, fontsize=11, loc="left", fontweight="bold")
+    _head(figure, title, subtitle)
+    handles = [
+        Line2D([], [], color=BLUE, lw=1.2, marker="o", ms=5, label=chosen_text),
+        Line2D([], [], color=GREY, lw=1.2, marker="o", ms=5, markerfacecolor="white", label=other_text),
+    ]
+    figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=9, frameon=False)
+    _save(figure, path)
+
+
 def machine(environment: Mapping[str, Any]) -> str:
     """Where and with what the numbers were taken, in one line."""
     e = environment

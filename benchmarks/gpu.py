@@ -3,7 +3,9 @@
 Installs what travelled along, runs the GPU tests and compute-sanitizer, then the kernel benchmark and the step benchmark, and
 writes ``<gpu>-<commit>.json`` and ``.md`` with every number. A stage that fails or runs out of time is reported and the next
 one runs. Benchmarks prepare (compile) in processes of their own while the tests run, and are timed afterwards, one at a
-time: see `benchmarks.gpu_worker`. Results are written as they come; the JSON file is whole at every moment.
+time: see `benchmarks.gpu_worker`. Before the tests the dispatcher has the GPU for itself for a while: what runs a step's
+products is decided by measurement, and all benchmarks share these choices. Results are written as they come; the JSON file is
+whole at every moment.
 
 ``--dry-run`` does the same on a machine without a GPU, at tiny sizes, with the kernels emulated.
 
@@ -39,11 +41,12 @@ if not __package__:  # run as a file: the package is one folder up
 from benchmarks import gpu_wheels
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("tests", "sanitizer", "kernels", "steps", "classes", "heatmap", "profile")
+STAGES = ("tests", "sanitizer", "dispatch", "kernels", "steps", "classes", "heatmap", "profile")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OK, FAILED, TIMEOUT, SKIPPED = "ok", "failed", "timeout", "skipped"
 # moments as shares of the whole time: preparing ends and timing begins; and what tests may take
 PREPARED, TESTS, SANITIZER, INSTALL = 0.54, 0.27, 0.19, 0.30
+FIRST = 0.10  # what the tests wait for choices; three quarters of it are for deciding
 REPORTING = 8.0  # seconds kept for the report
 GRACE = 15.0  # seconds for a worker that has used its time to write and end
 
@@ -68,7 +71,7 @@ class Job:
         self, name: str, command: Sequence[str], say: Callable[[str], None], folder: Path, variables: dict[str, str]
     ) -> None:
         self.name, self.say = name, say
-        self.ready, self.lines = threading.Event(), list[str]()
+        self.alone, self.ready, self.lines = threading.Event(), threading.Event(), list[str]()
         self.log = folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}.log"
         self.started = time.monotonic()
         with self.log.open("w") as errors:
@@ -87,9 +90,12 @@ class Job:
             self.lines.append(line)
             if line == "READY":
                 self.ready.set()
+            elif line == "ALONE":
+                self.alone.set()
             elif line:
                 self.say(line)
-        self.ready.set()  # nothing more will come
+        self.alone.set()  # nothing more will come
+        self.ready.set()
 
     def tell(self, line: str) -> None:
         """Write a line to its standard input; a process that has ended does not mind."""
@@ -143,12 +149,14 @@ class Worker:
         kind: where its rows go: "kernels", "steps", ...
         command: arguments after ``python -m``.
         seconds: it would like for measuring; shared out in proportion.
+        first: others start when it has the GPU for itself, and tests when it is prepared.
     """
 
     name: str
     kind: str
     command: list[str]
     seconds: float
+    first: bool = False
     job: Job | None = None
     part: Path | None = None
     done: bool = False
@@ -452,20 +460,23 @@ def workers(options: argparse.Namespace) -> list[Worker]:
     wanted = set(options.only)
     device = ["--device", "cpu" if options.dry_run else "cuda"]
 
-    def add(kind: str, name: str, module: str, seconds: float, *arguments: str) -> None:
+    def add(kind: str, name: str, module: str, seconds: float, *arguments: str, first: bool = False) -> None:
         if kind in wanted:
-            found.append(Worker(name, kind, [f"benchmarks.{module}", *arguments, *device], seconds))
+            found.append(Worker(name, kind, [f"benchmarks.{module}", *arguments, *device], seconds, first))
 
+    deciding = ["--first", f"{0.75 * FIRST * 60 * options.minutes:.0f}"]
     if options.dry_run:
+        add("dispatch", "dispatch", "dispatch", 20, "--quick", *deciding, *options.dispatch_args, first=True)
         add("kernels", "kernels", "kernels", 20, "--quick", "--dtypes", "fp32", *options.kernel_args)
         add("steps", "small", "gpu_step", 20, "--quick", "--graphs", *options.step_args)
         add("classes", "classes", "gpu_turn", 20, "classes", "--models", "small", "--classes", "2", "4", "--batch", "2", "--size",
             "32", "--rounds", "3", "--original-rounds", "2", "--warmup", "1")  # fmt: skip
         add("profile", "profile", "gpu_profile", 5, "--quick")
         return found
-    for share in range(1, 4):
-        add("kernels", f"kernels {share}/3", "kernels", 18, "--share", f"{share}/3", *options.kernel_args)
     batch = ["--batch", str(options.batch)]
+    add("dispatch", "dispatch", "dispatch", 45, "--precision", "bf16", *batch, *deciding, *options.dispatch_args, first=True)
+    for share in range(1, 5):
+        add("kernels", f"kernels {share}/4", "kernels", 18, "--share", f"{share}/4", *options.kernel_args)
 
     def step(model: str, precision: str, seconds: float, *arguments: str, size: int = 224) -> None:
         more = ["--authors", str(options.authors)] if options.authors and precision == "tf32" else []
@@ -475,7 +486,7 @@ def workers(options: argparse.Namespace) -> list[Worker]:
         )  # fmt: skip
 
     small = 28
-    step("resnet50", "bf16", 28)
+    step("resnet50", "bf16", 30, "--compiled", "4")
     step("resnet18", "bf16", 12, "--graphs", size=small)
     step("resnet18", "bf16", 14)
     step("densenet121", "bf16", 20)
@@ -505,7 +516,10 @@ def launch(run: Run, worker: Worker, until: float) -> None:
     worker.part = run.folder / f"part-{len(list(run.folder.glob('part-*')))}-{run.workers.index(worker)}.json"
     moment = time.time() + until - run.elapsed
     command = [sys.executable, "-m", *worker.command, "--part", str(worker.part), "--wait", "--until", f"{moment:.1f}"]
-    worker.job = run.start(worker.name, command)
+    choices = str(run.folder / "dispatch.json")  # what one worker finds to be fastest is the choice of all
+    if worker.kind == "dispatch" and not run.options.dry_run:  # where times are made up, so are choices
+        command += ["--cache", choices]
+    worker.job = run.start(worker.name, command, FISNET_CACHE=choices)
 
 
 class Preparing(threading.Thread):
@@ -523,9 +537,18 @@ class Preparing(threading.Thread):
             if self.over.is_set():
                 return
             launch(run, worker, PREPARED * run.total)
+            while worker.first and not worker.job.alone.is_set() and not self.over.wait(0.1):  # type: ignore[union-attr]
+                pass
 
     def _busy(self) -> int:
         return sum(w.job is not None and not w.job.ready.is_set() for w in self.run_.workers)
+
+    def wait_for_first(self) -> None:
+        """Until those that have the GPU for themselves are prepared, or the time for that is over."""
+        first = [w for w in self.run_.workers if w.first]
+        end = time.monotonic() + min(FIRST * self.run_.total, self.run_.left(PREPARED))
+        while time.monotonic() < end and any(w.job is None or not w.job.ready.is_set() for w in first):
+            time.sleep(0.1)
 
     def wait(self) -> None:
         """Until all are prepared, or the time for it is over."""
@@ -596,6 +619,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--test-args", type=shlex.split, default=[], help="more options of pytest: --test-args='-x -k loss'")
     p.add_argument("--test-seconds", type=float, help="at most so long for the tests")
     p.add_argument("--kernel-args", type=shlex.split, default=[], help="more options of benchmarks/kernels.py")
+    p.add_argument("--dispatch-args", type=shlex.split, default=[], help="more options of benchmarks/dispatch.py")
     p.add_argument("--step-args", type=shlex.split, default=[], help="more options of benchmarks/gpu_step.py")
     p.add_argument("--at-once", type=int, help="how many benchmarks prepare at the same time")
     p.add_argument("--logs", type=Path, help="keep the logs of all stages in this folder")
@@ -625,6 +649,7 @@ def _run(run: Run) -> int:
     preparing = Preparing(run, options.at_once or max(1, cores // 2))
     try:
         preparing.start()
+        preparing.wait_for_first()
         for name, stage in (("tests", tests), ("sanitizer", sanitizer)):
             if name in options.only:
                 stage(run)

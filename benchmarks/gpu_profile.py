@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +15,73 @@ from torch.profiler import ProfilerActivity, profile
 if not __package__:  # run as a file: the package is one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import common, gpu_worker
+from benchmarks import choices, common, gpu_worker
 from benchmarks.cases import CASES, TrainingStep
 from benchmarks.common import Report, cell
 from benchmarks.gpu_worker import Turn
 
+# a fused product is one kernel with an epilogue for each op
+EPILOGUES = {
+    "Act": "linear_act", "Phi": "transposed_phi", "Adjoint": "fprop_adjoint", "Shifts": "dual_fprop", "DualPhi": "dual_transposed_phi",
+    "DualAdjoint": "dual_fprop_adjoint", "DualSum": "dual_transposed_sum",
+}  # fmt: skip
+DTYPES = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32", "double": "fp64"}
+# the first pattern that is found in a kernel's name says whose it is
+OTHERS = (
+    (r"wgrad|bprop_filter|backward_filter", "library: weight gradient"),
+    (r"dgrad|bprop|backward_data", "library: transposed convolution"),
+    (r"fprop|convolve|conv2d|implicit_gemm|cudnn.*conv", "library: convolution"),
+    (r"gemm|cublas|splitKreduce|nvjet|gemv", "library: matrix product"),
+    (r"nchwToNhwc|nhwcToNchw|transpose", "library: layout"),
+    (r"[Mm]emcpy|[Mm]emset", "copy or fill"),
+    (r"batch_norm|bn_fw|bn_bw", "library: BatchNorm"),
+    (r"multi_tensor|foreach", "PyTorch: optimizer and clipping"),
+    (r"at::native|at_cuda|aten::", "PyTorch: pointwise and reductions"),
+    (r"triton", "torch.compile"),
+)
+
+
+def short(name: str) -> str:
+    """A kernel's name without types of arguments, namespaces and what does not tell it from others.
+
+    Example:
+        >>> short("void fisnet::(anonymous namespace)::phi_scale_kernel<__nv_bfloat16, 8>(fisnet::PhiScaleParams)")
+        'phi_scale_kernel<bf16, 8>'
+        >>> short("void fisnet::linear_kernel<float, fisnet::Tile<128, 64, 4, 4>, 1, fisnet::Product<true, 1, 1, false>, "
+        ...       "fisnet::(anonymous namespace)::PhiEpilogue<float> >(fisnet::ProductPlan, void*)")
+        'transposed_phi fp32 128x64'
+    """
+    plain = name.replace("(anonymous namespace)::", "").replace("(int)", "").replace("(bool)", "")
+    if "fisnet::" not in plain:
+        return name
+    plain = re.sub(r"\b(fisnet::)+", "", plain.removeprefix("void ")).split("(")[0].replace(" >", ">")
+    for long, word in DTYPES.items():
+        plain = re.sub(rf"\b{long}\b", word, plain)
+    found = re.match(r"linear_kernel<(\w+), Tile<(\d+), (\d+).*?>, (\w+), Product<.*?>, (\w+)Epilogue", plain)
+    if not found:
+        return plain
+    dtype, m, n, wide, epilogue = found.groups()
+    narrow = "" if wide in ("1", "true") else ", by element"
+    return f"{EPILOGUES.get(epilogue, epilogue)} {dtype} {m}x{n}{narrow}"
+
+
+def serves(name: str) -> str:
+    """What a kernel does in a step: the op of ours that it belongs to, or whose it is.
+
+    Example:
+        >>> serves("void fisnet::(anonymous namespace)::phi_scale_backward_kernel<float, 4>(fisnet::PhiScaleBackwardParams)")
+        'phi_scale_backward'
+        >>> serves("sm90_xmma_dgrad_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64"), serves("unheard_of")
+        ('library: transposed convolution', 'other')
+    """
+    if "fisnet::" in name:
+        return re.split(r"_kernel\b|[ <]", short(name))[0]
+    return next((whose for pattern, whose in OTHERS if re.search(pattern, name)), "other")
+
+
 COLUMNS = {
-    "kernel": lambda row: row["kernel"][:90],
+    "kernel": lambda row: short(row["kernel"])[:90],
+    "serves": lambda row: serves(row["kernel"]),
     "launches a step": cell("launches", 0),
     "ms a step": cell("ms", 3),
     "share": lambda row: f"{row['share']:.1%}",
@@ -33,11 +95,12 @@ def run(options: argparse.Namespace) -> Report:
     turn = Turn(options, report)
     setup = common.setup_of(options, model=options.model, classes=10)
     with gpu_worker.emulating(options.device):
-        with gpu_worker.alone(options.device):
+        with gpu_worker.alone(options.device), choices.postponed() if options.wait else contextlib.nullcontext():
             step = TrainingStep(options.case, setup)
             for _ in range(2):
                 step()
         turn.wait()
+        choices.decide([step], turn.left)
         activities = [ProfilerActivity.CUDA if options.device == "cuda" else ProfilerActivity.CPU]
         with profile(activities=activities) as seen:
             for _ in range(options.steps):

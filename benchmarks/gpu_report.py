@@ -22,6 +22,7 @@ from benchmarks.common import cell, markdown_table
 QUERY = ("driver_version", "compute_cap", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw", "power.limit")
 # key of the results -> title, and the module that has the columns (imported when needed: two of them need matplotlib)
 TABLES = {
+    "dispatch": ("Choices of the dispatcher", "dispatch"),
     "kernels": ("Single kernels", "kernels"),
     "steps": ("Training steps", "gpu_step"),
     "classes": ("Training step against the number of classes", "classes"),

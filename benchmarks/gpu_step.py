@@ -1,9 +1,13 @@
 """What does a training step with heatmaps cost on a GPU? One network in one precision, in one process.
 
-Contestants: plain, eager and under torch.compile; every variant of ISNet with the CUDA kernels; Selective by the PyTorch
-reference, eager and compiled, and compiled with the kernels; its maps by autograd's double backward; CUDA-graph replay
-of plain and Selective; the authors' code when its folder is given. All are timed in turn. Original, whose step takes
-as many maps as classes, runs beside plain in rounds of its own.
+Contestants: plain, eager and under torch.compile; every variant of ISNet with the CUDA kernels, a fused one wherever the
+dispatcher has found it faster; Selective and Dual with the library's products everywhere, which shows what fusing gains;
+Selective by the PyTorch reference, eager and compiled, and compiled with the kernels; its maps by autograd's double backward;
+CUDA-graph replay of plain and Selective; the authors' code when its folder is given. All are timed in turn. Original, whose
+step takes as many maps as classes, runs beside plain in rounds of its own.
+
+What the dispatcher has not measured before is measured in a step of its own, when nothing else runs on the GPU, before graphs
+are captured and anything is timed. Compiled code keeps the choices that were known when it was compiled.
 """
 
 from __future__ import annotations
@@ -25,13 +29,18 @@ if not __package__:  # run as a file: the package is one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import fisnet_cuda as fc
-from benchmarks import common, gpu_worker, verify
+from benchmarks import choices, common, gpu_worker, verify
 from benchmarks.cases import CASES, DOUBLE_BACKWARD, PLAIN, VARIANTS, Setup, TrainingStep
 from benchmarks.common import Bar, Report, Times, cell
 from benchmarks.gpu_worker import Turn
+from benchmarks.kernels import own_code
 
 AUTHORS, ORIGINAL = "authors", "original"
-LIMITS = {"over_plain": 1.5, "over_compiled_plain": 2.1}  # Selective, ResNet-50, bf16
+# ResNet-50, bf16, 224 pixels
+LIMITS = {
+    "selective": {"over_plain": 1.2, "over_compiled_plain": 1.7},
+    "dual": {"over_plain": 1.9, "over_compiled_plain": 2.7},
+}
 BUSY_MS = 20.0  # a step is repeated between two looks at the clock until so much has passed
 
 COLUMNS = {
@@ -42,6 +51,7 @@ COLUMNS = {
     "ms": cell("ms", 2),
     "over plain": cell("over_plain"),
     "over compiled plain": cell("over_compiled_plain"),
+    "over library products": cell("over_library_products"),
     "peak, MiB": cell("peak_mib", 0),
     "peak over plain": cell("peak_over_plain"),
 }
@@ -54,14 +64,21 @@ class Contestant:
     Args:
         case: of `benchmarks.cases`, or "authors".
         backend: "auto" is the kernels, "reference" plain PyTorch.
+        products: "library" forces the library's products with pointwise kernels; "" is what the dispatcher chooses.
         compiled: under torch.compile.
         replayed: captured in a CUDA graph.
     """
 
     case: str
     backend: str = "auto"
+    products: str = ""
     compiled: bool = False
     replayed: bool = False
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the dispatcher decides what it runs."""
+        return self.case in VARIANTS and self.backend == "auto" and not self.products
 
     @property
     def key(self) -> str:
@@ -71,8 +88,9 @@ class Contestant:
             >>> Contestant("selective", "reference", compiled=True).key
             'selective_reference_compiled'
         """
-        marks = ("reference", self.backend == "reference"), ("compiled", self.compiled), ("graph", self.replayed)
-        return "_".join([self.case, *(word for word, true in marks if true)])
+        words = [self.case, "reference" * (self.backend == "reference"), self.products]
+        words += ["compiled" * self.compiled, "graph" * self.replayed]
+        return "_".join(filter(None, words))
 
     @property
     def text(self) -> str:
@@ -84,20 +102,25 @@ class Contestant:
         """
         words = [self.case.replace("_", " ")]
         if self.case in VARIANTS:
-            words.append("kernels" if self.backend == "auto" else "PyTorch reference")
+            words.append(f"{self.products} products" if self.products else "kernels" if self.backend == "auto" else "PyTorch reference")
         return ", ".join(words + ["compiled"] * self.compiled + ["CUDA graph"] * self.replayed)
 
 
 PLAIN_COMPILED = Contestant(PLAIN, compiled=True)
 # in order of importance: preparing may run out of time
 EAGER = [
-    Contestant(PLAIN), Contestant("selective"), Contestant("dual"), Contestant("stochastic"),
-    Contestant("selective", "reference"), Contestant(DOUBLE_BACKWARD), Contestant(ORIGINAL),
+    Contestant(PLAIN), Contestant("selective"), Contestant("dual"), Contestant("selective", products="library"),
+    Contestant("dual", products="library"), Contestant("stochastic"), Contestant("selective", "reference"),
+    Contestant(DOUBLE_BACKWARD), Contestant(ORIGINAL),
 ]  # fmt: skip
 COMPILED = [
     PLAIN_COMPILED, Contestant("selective", "reference", compiled=True), Contestant("selective", compiled=True),
+    Contestant("selective", products="library", compiled=True),
 ]  # fmt: skip
-REPLAYED = [Contestant(PLAIN, replayed=True), Contestant("selective", replayed=True)]
+REPLAYED = [
+    Contestant(PLAIN, replayed=True), Contestant("selective", replayed=True),
+    Contestant("selective", products="library", replayed=True),
+]  # fmt: skip
 AUTHORS_STEP = Contestant(AUTHORS)
 
 
@@ -109,10 +132,13 @@ def run(options: argparse.Namespace) -> Report:
     with gpu_worker.emulating(options.device) as reason:
         if reason:
             report.note(f"the kernels cannot run emulated, the reference runs in their place: {reason}")
-        steps, peaks = _prepared(options, report, turn, setup)
+        made = _prepared(options, report, turn, setup)
         turn.wait()
-        if PLAIN in steps:
-            _measure(options, report, turn, setup, steps, peaks)
+        if PLAIN in made:
+            _decided(report, turn, setup, made)
+            with choices.postponed():  # a step that measures is no step
+                _captured(turn, setup, made)
+                _measure(options, report, turn, setup, made)
     turn.save()
     return report
 
@@ -120,10 +146,27 @@ def run(options: argparse.Namespace) -> Report:
 # ---- preparing -----------------------------------------------------------------------------------------------
 
 
-def _prepared(
-    options: argparse.Namespace, report: Report, turn: Turn, setup: Setup
-) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
-    """Steps that have run a few times, and the peak of memory of each in MiB."""
+@dataclass
+class Made:
+    """A contestant that is ready.
+
+    Args:
+        contestant: which.
+        step: one training step.
+        own: bytes that it holds between two steps, the shared network included.
+        peak: of memory in MiB, weights, gradients, optimizer state and activations; NaN on a CPU.
+        postponed: calls that ran candidate 0 when it was made because nothing was to be measured then.
+    """
+
+    contestant: Contestant
+    step: Callable[[], None]
+    own: int
+    peak: float
+    postponed: int = 0
+
+
+def _prepared(options: argparse.Namespace, report: Report, turn: Turn, setup: Setup) -> dict[str, Made]:
+    """Contestants by key, after a few steps of each; those to be replayed are not captured yet."""
     contestants = [c for c in EAGER if c.case in (PLAIN, *options.cases)]
     if options.compiler != "none":
         contestants += [c for c in COMPILED[: options.compiled] if c.case in (PLAIN, *options.cases)]
@@ -138,31 +181,32 @@ def _prepared(
         contestants = [c for c in contestants if c.case == PLAIN]
     for case, reason in (wrong or {}).items():
         report.drop(f"{setup.model}, {case}", reason)
-    steps: dict[str, Callable[[], None]] = {}
-    peaks: dict[str, float] = {}
+    found: dict[str, Made] = {}
     shared = setup.network()
     for contestant in contestants:
         if contestant.case in (wrong or {}):
             continue
+        if contestant == PLAIN_COMPILED and not options.wait:
+            _decided(report, turn, setup, found)  # nobody disturbs it: what is compiled now keeps its choices
         made = turn.attempt(
             f"{setup.model} at {setup.size}, {setup.precision}, {contestant.text}",
             lambda contestant=contestant: _made(options, setup, shared, contestant),
         )
         if made is not None:
-            steps[contestant.key], peaks[contestant.key] = made
-    return steps, peaks
+            found[contestant.key] = made
+            if contestant.compiled and contestant.chooses and made.postponed:
+                report.note(f"{contestant.text}: compiled before all of its products were measured, those run candidate 0")
+    return found
 
 
 def _wrong(options: argparse.Namespace, setup: Setup, contestants: Sequence[Contestant]) -> dict[str, str]:
     cases = [case for case in dict.fromkeys(c.case for c in contestants) if case in CASES]
-    with gpu_worker.alone(options.device):
+    with gpu_worker.alone(options.device), choices.postponed():
         return verify.training_cases(setup, cases)
 
 
-def _made(
-    options: argparse.Namespace, setup: Setup, shared: nn.Module, contestant: Contestant
-) -> tuple[Callable[[], None], float]:
-    """The step, warm, and its peak memory in MiB: weights, gradients, optimizer state and activations.
+def _made(options: argparse.Namespace, setup: Setup, shared: nn.Module, contestant: Contestant) -> Made:
+    """The contestant, warm. The dispatcher does not measure here, beside other workers: see `_decided`.
 
     All train the ``shared`` network where they leave it as it is: waiting workers must fit the GPU together.
     """
@@ -172,28 +216,96 @@ def _made(
     own = contestant.case in (DOUBLE_BACKWARD, AUTHORS)
     weights = 0 if own else sum(t.numel() * t.element_size() for t in (*shared.parameters(), *shared.buffers()))
 
-    def made() -> tuple[TrainingStep, float]:
+    def made() -> Made:
         if contestant.case == AUTHORS:
-            step: TrainingStep = AuthorsStep(setup, options.authors)
+            training: TrainingStep = AuthorsStep(setup, options.authors)
         else:
-            step = TrainingStep(contestant.case, setup, backend=contestant.backend, model=None if own else shared)
+            training = TrainingStep(contestant.case, setup, backend=contestant.backend, model=None if own else shared)
         if contestant.compiled:
-            step.net = torch.compile(step.explainer, backend=options.compiler, fullgraph=True)
-        step()
-        if setup.device != "cuda":
-            return step, math.nan
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return step, (torch.cuda.max_memory_allocated() - before + weights) / 2**20
+            training.net = _compiled(training.explainer, options.compiler)
+        step = Forced(training, f"*={contestant.products}") if contestant.products else training
+        with choices.postponed() as waiting:
+            step()
+            for p in training.parameters:
+                p.grad = None
+            held = weights + (torch.cuda.memory_allocated() - before if setup.device == "cuda" else 0)
+            return Made(contestant, step, held, _peak(step, training, held), waiting.refused)
 
     if contestant.compiled:  # no lock: compiling takes minutes of one core, and little of the GPU
         return made()
     with gpu_worker.alone(setup.device):
-        step, peak = made()
-        if contestant.replayed:
-            return captured(step, setup.device, getattr(step.explainer, "generator", None)), peak
-        return step, peak
+        return made()
+
+
+class Forced:
+    """A step with the dispatcher's hands tied, as ``FISNET_DISPATCH`` would.
+
+    Args:
+        step: what runs.
+        rules: of `fisnet_cuda.dispatch.forced`.
+    """
+
+    def __init__(self, step: TrainingStep, rules: str) -> None:
+        self.step, self.rules = step, rules
+
+    @property
+    def explainer(self) -> nn.Module:
+        """The step's."""
+        return self.step.explainer
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The step's."""
+        return self.step.parameters
+
+    def __call__(self) -> None:
+        with fc.dispatch.forced(self.rules):
+            self.step()
+
+
+def _compiled(net: nn.Module, compiler: str) -> Callable:
+    """The network under torch.compile, in code of its own: else contestants of one class would share what was compiled."""
+    return torch.compile(own_code(lambda *args, **kwargs: net(*args, **kwargs)), backend=compiler, fullgraph=True)
+
+
+def _peak(step: Callable[[], None], training: Any, held: int) -> float:
+    """Peak memory of a step in MiB, where ``held`` bytes of what is allocated now are the contestant's; NaN on a CPU."""
+    if training.setup.device != "cuda":
+        return math.nan
+    for p in training.parameters:
+        p.grad = None
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - start + held) / 2**20
+
+
+def _decided(report: Report, turn: Turn, setup: Setup, made: dict[str, Made]) -> None:
+    """Let the dispatcher measure what is left to measure, now that nobody disturbs it, in a part of the time at most."""
+    choosing = [m for m in made.values() if m.contestant.chooses and not m.contestant.compiled]
+    found = choices.decide((m.step for m in choosing), choices.SHARE * turn.seconds)
+    label = f"{setup.model} at {setup.size}, {setup.precision}"
+    if found.fresh:
+        report.note(f"{label}: {found.fresh} new choices of the dispatcher took {found.seconds:.1f} s, no part of any step's time")
+        for m in choosing:
+            with choices.postponed():
+                m.peak = _peak(m.step, m.step, m.own)
+    if found.refused:
+        report.note(f"{label}: no time to measure {found.refused} calls, which run candidate 0")
+
+
+def _captured(turn: Turn, setup: Setup, made: dict[str, Made]) -> None:
+    """Capture what is to be replayed, with the choices that are known."""
+    for key, m in list(made.items()):
+        if not m.contestant.replayed:
+            continue
+        generator = getattr(m.step.explainer, "generator", None)
+        step = turn.attempt(m.contestant.text, lambda m=m, generator=generator: captured(m.step, setup.device, generator), late=True)
+        if step is None:
+            del made[key]
+        else:
+            m.step = step
 
 
 def captured(
@@ -267,10 +379,10 @@ class _Authors(nn.Module):
 
 
 def _measure(
-    options: argparse.Namespace, report: Report, turn: Turn, setup: Setup, steps: dict[str, Callable[[], None]],
-    peaks: dict[str, float],
+    options: argparse.Namespace, report: Report, turn: Turn, setup: Setup, made: dict[str, Made]
 ) -> None:  # fmt: skip
-    label = f"{setup.model} at {setup.size}, {setup.precision}"
+    steps = {key: m.step for key, m in made.items()}
+    label, left = f"{setup.model} at {setup.size}, {setup.precision}", turn.left
     slow = [key for key in steps if key == ORIGINAL]
     for keys, share, rounds in (
         ([key for key in steps if key not in slow], 0.75, options.rounds),
@@ -280,17 +392,22 @@ def _measure(
             continue
         calls = _calls(steps[PLAIN], setup.device) if ORIGINAL not in keys else 1
         group = {key: steps[key] for key in keys}
-        seconds = share * turn.seconds
+        seconds = share * left
         times = common.interleave(group, rounds, options.warmup, options.device, label, seconds, calls)
-        _rows(report, turn, setup, times, peaks, calls)
+        _rows(report, turn, setup, times, made, calls)
         turn.save()
-    selective = next((row for row in report.rows if row["case"] == "selective"), None)
-    if selective and (setup.model, setup.precision, setup.size) == ("resnet50", "bf16", 224):
-        judged = "H100" in report.environment["device"]
-        for over, limit in LIMITS.items():
-            if over in selective:
-                name = f"training step, {label}, selective {over.replace('_', ' ')}"
-                report.bars.append(Bar(name, common.Spread(**selective[over]), limit, judged=judged))
+    _bars(report, setup, label)
+
+
+def _bars(report: Report, setup: Setup, label: str) -> None:
+    if (setup.model, setup.precision, setup.size) != ("resnet50", "bf16", 224):
+        return
+    judged = "H100" in report.environment["device"]
+    for row in report.rows:
+        for over, limit in LIMITS.get(row["case"], {}).items():
+            if over in row:
+                name = f"training step, {label}, {row['case']} {over.replace('_', ' ')}"
+                report.bars.append(Bar(name, common.Spread(**row[over]), limit, judged=judged))
 
 
 def _calls(step: Callable[[], None], device: str) -> int:
@@ -304,20 +421,23 @@ def _calls(step: Callable[[], None], device: str) -> int:
     return max(1, min(10, math.ceil(BUSY_MS / (1e3 * (time.perf_counter() - start)))))
 
 
-def _rows(report: Report, turn: Turn, setup: Setup, times: Times, peaks: dict[str, float], calls: int) -> None:
-    texts = {c.key: c.text for c in (*EAGER, *COMPILED, *REPLAYED, AUTHORS_STEP)}
+def _rows(report: Report, turn: Turn, setup: Setup, times: Times, made: dict[str, Made], calls: int) -> None:
     for key in times.ms:
         if key == PLAIN and any(row["case"] == PLAIN for row in report.rows):
             continue  # beside Original, for the ratio only
         row: dict[str, Any] = {"ms": times.spread(key), "over_plain": times.ratio(key, PLAIN)}
         if PLAIN_COMPILED.key in times.ms:
             row["over_compiled_plain"] = times.ratio(key, PLAIN_COMPILED.key)
-        if not math.isnan(peaks.get(key, math.nan)):
-            row["peak_mib"], row["peak_over_plain"] = peaks[key], peaks[key] / peaks[PLAIN]
+        m = made[key]
+        library = key.replace(m.contestant.case, f"{m.contestant.case}_library", 1)
+        if m.contestant.chooses and library in times.ms:
+            row["over_library_products"] = times.ratio(key, library)
+        if not math.isnan(m.peak):
+            row["peak_mib"], row["peak_over_plain"] = m.peak, m.peak / made[PLAIN].peak
         report.add(
-            **setup.as_row(), case=key, text=texts[key], **row, rounds=len(times.ms[key]), calls=calls, all_ms=times.ms[key]
+            **setup.as_row(), case=key, text=m.contestant.text, **row, rounds=len(times.ms[key]), calls=calls, all_ms=times.ms[key]
         )
-        turn.say(f"{texts[key]}: {row['ms'].p50:.2f} ms, {row['over_plain'].p50:.2f} times plain")
+        turn.say(f"{m.contestant.text}: {row['ms'].p50:.2f} ms, {row['over_plain'].p50:.2f} times plain")
 
 
 # ---- the command ---------------------------------------------------------------------------------------------
@@ -335,7 +455,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=int, default=20, help="how often each is timed, while there is time")
     p.add_argument("--warmup", type=int, default=2, help="rounds before that")
     p.add_argument("--compiler", default="inductor", help="backend of torch.compile; none leaves it out")
-    p.add_argument("--compiled", type=int, default=3, help="how many are compiled: plain, the reference, the kernels")
+    p.add_argument("--compiled", type=int, default=3, help="how many are compiled: plain, reference, kernels, library products")
     p.add_argument("--graphs", action="store_true", help="also replay plain and Selective as CUDA graphs")
     p.add_argument("--authors", type=Path, help="folder of the authors' code (PedroRASB/FasterISNet)")
     return p

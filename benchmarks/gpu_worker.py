@@ -25,6 +25,7 @@ from benchmarks import common
 from benchmarks.common import Report
 
 READY, GO = "READY", "go"
+ALONE = "ALONE"  # what a worker says that has the GPU for itself: others may start, and wait for it
 LOCK = Path(tempfile.gettempdir()) / "fisnet-gpu-memory.lock"
 T = TypeVar("T")
 
@@ -52,6 +53,12 @@ class Turn:
     def __init__(self, options: argparse.Namespace, report: Report) -> None:
         self.options, self.report = options, report
         self.seconds: float = options.seconds
+        self.begin = time.perf_counter()  # of the turn
+
+    @property
+    def left(self) -> float:
+        """Seconds of the turn that are left."""
+        return self.seconds - (time.perf_counter() - self.begin)
 
     def say(self, text: str) -> None:
         """One line of progress."""
@@ -62,14 +69,15 @@ class Turn:
         if self.options.part:
             common.save_json(self.report.content(), self.options.part)
 
-    def attempt(self, what: str, make: Callable[[], T]) -> T | None:
+    def attempt(self, what: str, make: Callable[[], T], late: bool = False) -> T | None:
         """``make()``, stopped when the time for preparing is over; a failure is a note of the report, and gives None.
 
-        What a failure says matters, yet it must not take the other contestants with it.
+        What a failure says matters, yet it must not take the other contestants with it. What comes ``late``, in the turn
+        itself, is not stopped.
         """
         start = time.perf_counter()
         try:
-            with alarm(self.options.until):
+            with alarm(None if late else self.options.until):
                 made = make()
         except OutOfTimeError:
             self.report.note(f"{what}: left out, preparing it took longer than there was time")
@@ -87,13 +95,14 @@ class Turn:
         """Report that everything is prepared; return when it is this worker's turn, end when nobody waits for it."""
         self.save()
         if not self.options.wait:
+            self.begin = time.perf_counter()
             return
         free()
         print(READY, flush=True)
         word, _, seconds = sys.stdin.readline().partition(" ")
         if word != GO:
             raise SystemExit(0)
-        self.seconds = float(seconds)
+        self.seconds, self.begin = float(seconds), time.perf_counter()
 
 
 @contextlib.contextmanager
@@ -136,7 +145,7 @@ def finish(report: Report, options: argparse.Namespace) -> int:
     if not options.part:
         print(report.markdown())
         common.save_json(report.content(), report.path(options.out, ".json"))
-    return int(report.wrong)
+    return int(report.wrong or report.failed)
 
 
 def leave(code: int) -> NoReturn:

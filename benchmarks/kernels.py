@@ -4,14 +4,18 @@ Every case of `benchmarks.kernel_cases`, in bfloat16 and float32. Results are ch
 float64, with at most twice the error that PyTorch makes in the same dtype, and twice the same bits. Then the kernel, the
 reference in eager PyTorch, the same under torch.compile and a device copy of the case's bytes are timed in turn by CUDA
 events, the L2 cache flushed before each. The copy is the floor: "share" is its time over the kernel's.
+
+Products of linear maps are timed with every tile shape that is compiled, the best guess as "kernel", and against what the
+dispatcher would run without them in place of eager PyTorch: the library's product and the project's own pointwise kernel.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +37,7 @@ from fisnet_cuda import _backend
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}
 KERNEL, EAGER, COMPILED, COPY = "kernel", "eager", "compiled", "copy"
+TF32 = 2.0**-10  # the unit of operands with 10 bits behind the point
 FLUSH = 2**29  # bytes, several times any L2 cache; writing them also gives the host a head start over the GPU
 # time over the floor, at the sizes of ResNet-50's first stage: 85 % of a copy's bandwidth, and twice the floor
 NEAR_COPY, NEAR_FLOOR = 1 / 0.85, 2.0
@@ -45,6 +50,8 @@ COLUMNS = {
     "ms": cell("ms", 3),
     "GB/s": cell("gb_s", 0),
     "share of copy": cell("share"),
+    "TFLOP/s": cell("tflop_s", 0),
+    "tiles, ms": lambda row: ", ".join(f"{name} {ms['p50']:.3f}" for name, ms in row.get("tiles", {}).items()) or "-",
     "eager over kernel": cell("eager_over"),
     "compiled over kernel": cell("compiled_over"),
     "peak, MiB": cell("peak_mib", 0),
@@ -99,10 +106,14 @@ class Contest:
         self.name = f"{case.name}, {dtype}"
         kernel, reference = _backend.kernel(case.kernel, "auto", torch.empty(0, device=device)), getattr(fc.reference, case.kernel)
         self.is_kernel = kernel is not reference  # without the extension the reference would run under the kernel's name
+        self.tiles: Callable = getattr(kernel, "tiles", lambda *_, **__: ())
         self.kernel, self.reference = self._as_run(kernel), self._as_run(reference)
         self.eager = self._as_run(case.eager or reference)
+        self.unit = torch.finfo(DTYPES[dtype]).eps
+        if case.flops and dtype == "fp32":
+            self.unit, self.eager = TF32, partial(with_tf32, self.eager)
         self.compiled: Callable | None = None
-        if compiler != "none":
+        if compiler != "none" and not case.flops:
             self.compiled = torch.compile(own_code(self.eager), backend=compiler, dynamic=False)
 
     def _as_run(self, function: Callable) -> Callable:
@@ -113,16 +124,26 @@ class Contest:
         """Arguments of the function, made anew: they are large, and none are kept."""
         return self.case.make(self.case.sizes, self.device, DTYPES[self.dtype])
 
+    def shapes(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Callable]:
+        """The kernel with every tile shape that it can run these operands with: name -> function, the best guess first."""
+        return {name: partial(self.kernel, tile=name) for name in self.tiles(*args, **kwargs)}
+
     def problem(self) -> str:
-        """What is wrong with the kernel's results; empty when they are right."""
+        """What is wrong with the kernel's results, with any tile shape; empty when they are right."""
         args, kwargs = self.operands()
         with grad_where_asked(args):
-            got, again = results(self.kernel(*args, **kwargs)), results(self.kernel(*args, **kwargs))
             right = self._right(args, kwargs)
             usual, exact = results(right(*args, **kwargs)), results(right(*_double(args), **_double(kwargs)))
+            for name, function in {"": self.kernel, **dict([*self.shapes(args, kwargs).items()][1:])}.items():
+                got, again = results(function(*args, **kwargs)), results(function(*args, **kwargs))
+                if problem := self._compared(got, again, usual, exact):
+                    return f"{name}: {problem}" if name else problem
+        return ""
+
+    def _compared(self, got: list, again: list, usual: list, exact: list) -> str:
         if len({len(found) for found in (got, usual, exact)}) > 1:
             return f"{len(got)} results, the reference gives {len(usual)}"
-        unit, compared = torch.finfo(DTYPES[self.dtype]).eps, 0
+        compared = 0
         for index, (mine, second, theirs, true) in enumerate(zip(got, again, usual, exact)):
             if mine is None:
                 continue
@@ -132,7 +153,7 @@ class Contest:
                 continue  # masks and indices are each implementation's own
             if mine.shape != theirs.shape:
                 return f"result {index} has shape {tuple(mine.shape)}, the reference gives {tuple(theirs.shape)}"
-            error, allowed = relative_error(mine, true), 2 * relative_error(theirs, true) + 2 * unit
+            error, allowed = relative_error(mine, true), 2 * relative_error(theirs, true) + 2 * self.unit
             if not error <= allowed:
                 return f"result {index} has error {error:.2e}, allowed {allowed:.2e} (relative to the largest entry)"
             compared += 1
@@ -159,7 +180,26 @@ class Contest:
         if self.compiled is not None:
             compiled = self.compiled
             found[COMPILED] = lambda: compiled(*args, **kwargs)
+        for name, function in [*self.shapes(args, kwargs).items()][1:]:
+            found[name] = lambda function=function: function(*args, **kwargs)
         return {**found, COPY: lambda: target.copy_(source)}
+
+
+def with_tf32(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call the function where PyTorch may use TF32, as the project's products do."""
+    with tf32():
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """PyTorch may use TF32 inside."""
+    conv, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = conv, matmul
 
 
 def own_code(function: Callable) -> Callable:
@@ -326,6 +366,10 @@ def _timed(
         rounds.append(clock.round(steps))
     times = Times({name: [found[name] for found in rounds] for name in steps})
     more = {f"{name}_over": times.ratio(name, KERNEL) for name in (EAGER, COMPILED) if name in steps}
+    if shapes := [*contest.shapes(args, kwargs)]:
+        more["tiles"] = {name: times.spread(name if index else KERNEL)._asdict() for index, name in enumerate(shapes)}
+    if case.flops:
+        more["tflop_s"] = Spread.of([case.flops(case.sizes) / ms / 1e9 for ms in times.ms[KERNEL]])
     over_copy = times.ratio(KERNEL, COPY)
     report.add(
         case=case.name, kernel=case.kernel, dtype=contest.dtype, sizes=asdict(case.sizes), ms=times.spread(KERNEL),
@@ -341,6 +385,8 @@ def _timed(
 
 def limit_of(case: KernelCase) -> float | None:
     """The target of a case: its time over that of a copy; pointwise kernels have one at ResNet-50's first stage."""
+    if case.flops:
+        return None  # bound by tensor cores as much; the dispatcher takes them only where they win
     if any(word in case.kernel for word in OTHERS):
         return NEAR_FLOOR
     return NEAR_COPY if case.sizes == Sizes() and any(word in case.kernel for word in POINTWISE) else None

@@ -26,12 +26,14 @@ void cp_async(void* to, const void* from, int bytes, int from_bytes) {
   Copy copy{static_cast<char*>(to), static_cast<const char*>(from), bytes, from_bytes, false};
   if (opt.async_random && draw() % 2) land(copy);
   grid.current->open.push_back(copy);
+  warp_of(*grid.current).copies[grid.current->lane()].push_back(reinterpret_cast<uintptr_t>(to));
   ++stats.cp_async;
 }
 
 void cp_async_commit() {
   Inside inside;
   grid.current->groups.push_back(std::exchange(grid.current->open, {}));
+  warp_of(*grid.current).copies[grid.current->lane()].push_back(kCommit);
 }
 
 void cp_async_wait(int groups_left) {

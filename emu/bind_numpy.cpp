@@ -130,8 +130,9 @@ void config(const std::string& order, uint64_t seed, bool async_random, bool rac
 
 py::dict stats() {
   const emu::Stats s = std::exchange(emu::stats, {});
-  return py::dict("blocks"_a = s.blocks, "threads"_a = s.threads, "switches"_a = s.switches, "barriers"_a = s.barriers, "mma"_a = s.mma,
-                  "ldmatrix"_a = s.ldmatrix, "ldmatrix_conflicts"_a = s.ldmatrix_conflicts, "cp_async"_a = s.cp_async);
+  py::dict counts;
+  for (const auto& [name, count] : emu::kStatNames) counts[name] = s.*count;
+  return counts;
 }
 }  // namespace
 

@@ -1,6 +1,6 @@
 // CUDA on the CPU, for tests: runs kernel source that g++ compiled. This header is what the outside sees: settings, what
-// memory a kernel may touch, and the launch. device/portable.cuh adds the names that kernels use (cuda_builtins.h,
-// tensor_core.h).
+// memory a kernel may touch, and the launch. device/portable.cuh adds the names that kernels use
+// (cuda_builtins.h).
 //
 // Blocks run one after another; the threads of a block are fibers (scheduler.cpp), each of which runs until it reaches a
 // barrier or a warp collective. Which one runs next is the schedule: it depends on nothing but Options, so every failure
@@ -39,9 +39,22 @@ struct Options {
   size_t max_shared = 163 << 10;  // bytes a block may have: an A100's, the least of the GPUs that we build machine code for
 };
 
-struct Stats {  // since somebody set it back
-  uint64_t blocks, threads, switches, barriers, mma, ldmatrix, ldmatrix_conflicts, cp_async;
+// Since somebody set it back. Conflicts are the times that a warp's access to shared memory waits for its own bank: the different
+// words (of 4 bytes, or of 16) in its busiest bank, less one. Those of plain loads and stores are not counted.
+struct Stats {
+  uint64_t blocks, threads, switches, barriers, mma;
+  uint64_t ldmatrix, ldmatrix_conflicts;      // a warp's
+  uint64_t smem_loads, smem_load_conflicts;   // a warp's lds32 and lds128
+  uint64_t smem_stores, smem_store_conflicts;  // a warp's sts128
+  uint64_t cp_async, cp_async_conflicts;      // a thread's
+  uint64_t cp_async_uncounted;                // those of lanes whose neighbours copied other numbers of times: see count_copies
 };
+constexpr std::pair<const char*, uint64_t Stats::*> kStatNames[] = {
+    {"blocks", &Stats::blocks}, {"threads", &Stats::threads}, {"switches", &Stats::switches}, {"barriers", &Stats::barriers},
+    {"mma", &Stats::mma}, {"ldmatrix", &Stats::ldmatrix}, {"ldmatrix_conflicts", &Stats::ldmatrix_conflicts},
+    {"smem_loads", &Stats::smem_loads}, {"smem_load_conflicts", &Stats::smem_load_conflicts},
+    {"smem_stores", &Stats::smem_stores}, {"smem_store_conflicts", &Stats::smem_store_conflicts},
+    {"cp_async", &Stats::cp_async}, {"cp_async_conflicts", &Stats::cp_async_conflicts}, {"cp_async_uncounted", &Stats::cp_async_uncounted}};
 
 extern Options opt;
 extern Stats stats;

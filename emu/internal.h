@@ -10,7 +10,7 @@
 namespace emu {
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;  // of a block
-constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kStackBytes = 192 << 10;  // at least two thirds of it for use: see first_frame
 constexpr size_t kStaticShared = 48 << 10;  // what CUDA allows
 
 struct Copy {  // one cp.async
@@ -32,8 +32,8 @@ struct Thread {
   std::vector<std::vector<Copy>> groups;  // committed
   std::vector<Copy> open;                 // not yet committed
 
-  int warp() const { return id / kWarp; }
-  int lane() const { return id % kWarp; }
+  int warp() const { return id >> 5; }
+  int lane() const { return id & 31; }
   uint32_t bit() const { return 1u << lane(); }
 };
 
@@ -45,14 +45,25 @@ struct Arrival {  // a lane at a warp collective
   bool orders_memory;
 };
 
+struct WarpAccess {  // to shared memory, by a load or store that all lanes must take part in
+  const char* what;
+  uint32_t lanes;  // that have been there
+  uintptr_t at[kWarp];
+};
+
 struct Warp {
+  int id = 0;
   uint32_t exists = 0, exited = 0, ready = 0, at_barrier = 0, arrived = 0;  // lanes
   uint64_t priority = 0;
   Arrival lane[kWarp];
   // Memory order between lanes: `now` counts the warp's __syncwarp; what lane j did before seen[i][j] is over for lane i.
   uint32_t now = 0;
   uint32_t seen[kWarp][kWarp] = {};
+  std::vector<WarpAccess> accesses;  // since they were last complete; lane i comes to number next_access[i] next
+  size_t next_access[kWarp] = {};
+  std::vector<uintptr_t> copies[kWarp];  // where each lane's cp.async wrote since the last barrier, with kCommit between groups
 };
+constexpr uintptr_t kCommit = 0;
 
 struct Slot {  // a FISNET_SHARED array of this launch, as bytes from the start of shared memory
   size_t offset, bytes;
@@ -63,6 +74,7 @@ struct Grid {  // the launch and the block that runs
   std::vector<Warp> warps;
   int size = 0;   // threads of a block
   int alive = 0;  // that have not returned
+  uint32_t ready = 0;  // warps that have threads which can run
   Thread* current = nullptr;
   std::exception_ptr error;  // a block stops at its first error; the threads that it leaves behind never go on
   bool active = false;
@@ -97,6 +109,10 @@ uint64_t draw();                      // the next random number of the schedule
 std::string triple(uint3 i);
 std::string name_of(const Thread& t);
 inline Warp& warp_of(const Thread& t) { return grid.warps[t.warp()]; }
+
+// warp_access.cpp
+void count_copies(Warp& w);           // bank conflicts of its cp.async since the last barrier
+void finish_accesses(const Warp& w);  // fails if lanes are missing at one
 
 // memory.cpp
 void start_shared(size_t dynamic_bytes);

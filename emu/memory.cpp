@@ -369,11 +369,6 @@ void touch(const void* p, size_t bytes, Access access, const void* pc) {
   check(address(p), bytes, bytes, access, pc);
 }
 
-void touch_row(const void* p, const void* pc) {
-  if (!in_shared(p, 16)) fail("ldmatrix of a row that is not in shared memory");
-  touch(p, 16, Access::read, pc);
-}
-
 namespace {
 // The compiler takes its call-outs for functions that do not throw: the error goes to the scheduler, the thread never goes on.
 __attribute__((noinline)) void check_or_abandon(uintptr_t at, size_t bytes, size_t align, Access access, const void* pc) {

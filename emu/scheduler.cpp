@@ -75,7 +75,8 @@ void make_stacks() {
 }
 
 void* first_frame(int stack, void (*entry)()) {
-  void** sp = reinterpret_cast<void**>(stacks + (stack + 1) * kStackBytes - 64);
+  const size_t shift = static_cast<size_t>(stack) * 17 * 64 % (64 << 10);  // else all stacks' ends share the same few lines of the caches
+  void** sp = reinterpret_cast<void**>(stacks + (stack + 1) * kStackBytes - 64 - shift);
   *--sp = nullptr;  // where entry would return to; it makes the stack pointer 16 n + 8 there, as after a call
   *--sp = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--sp = nullptr;
@@ -83,9 +84,11 @@ void* first_frame(int stack, void (*entry)()) {
 }
 
 // ---- which thread runs next ----------------------------------------------------------------------------------------------
-int nth_lane(uint32_t lanes, int n) {
-  while (n--) lanes &= lanes - 1;
-  return __builtin_ctz(lanes);
+// One of `bits`, by 5 bits of a random number: the next one from there on.
+int some_bit(uint32_t bits, uint64_t number) {
+  const int from = static_cast<int>(number & 31);
+  const uint32_t turned = bits >> from | bits << (-from & 31);
+  return (__builtin_ctz(turned) + from) & 31;
 }
 
 void draw_priorities() {
@@ -93,36 +96,37 @@ void draw_priorities() {
     for (Warp& w : grid.warps) w.priority = draw();
 }
 
-Warp* ready_warp() {
-  const size_t n = grid.warps.size();
-  if (opt.order == Order::random) {  // mostly the one of highest priority, so that warps drift apart
-    const bool any = draw() % 16 == 0;
-    const size_t from = any ? draw() % n : 0;
-    Warp* best = nullptr;
-    for (size_t i = 0; i < n; ++i) {
-      Warp& w = grid.warps[(from + i) % n];
-      if (!w.ready) continue;
-      if (any) return &w;
-      if (!best || w.priority > best->priority) best = &w;
-    }
-    return best;
-  }
-  for (size_t i = 0; i < n; ++i) {
-    Warp& w = grid.warps[opt.order == Order::reversed ? n - 1 - i : i];
-    if (w.ready) return &w;
-  }
-  return nullptr;
+void make_ready(Warp& w, uint32_t lanes) {
+  w.ready |= lanes;
+  if (lanes) grid.ready |= 1u << w.id;
 }
 
 // Takes a thread out of those that can run; null when there is none.
 Thread* next_thread() {
-  Warp* w = ready_warp();
-  if (!w) return nullptr;
-  int lane = __builtin_ctz(w->ready);
-  if (opt.order == Order::reversed) lane = 31 - __builtin_clz(w->ready);
-  if (opt.order == Order::random) lane = nth_lane(w->ready, static_cast<int>(draw() % static_cast<uint64_t>(__builtin_popcount(w->ready))));
-  w->ready &= ~(1u << lane);
-  return &grid.threads[static_cast<size_t>(w - grid.warps.data()) * kWarp + static_cast<size_t>(lane)];
+  const uint32_t warps = grid.ready;
+  if (!warps) return nullptr;
+  int warp = 0, lane = 0;
+  if (opt.order == Order::random) {  // mostly the warp of highest priority, so that warps drift apart
+    const uint64_t number = draw();
+    if (number % 16 == 0) {
+      warp = some_bit(warps, number >> 4);
+    } else {
+      warp = __builtin_ctz(warps);
+      for (uint32_t rest = warps & (warps - 1); rest; rest &= rest - 1)
+        if (const int i = __builtin_ctz(rest); grid.warps[i].priority > grid.warps[warp].priority) warp = i;
+    }
+    lane = some_bit(grid.warps[warp].ready, number >> 32);
+  } else if (opt.order == Order::reversed) {
+    warp = 31 - __builtin_clz(warps);
+    lane = 31 - __builtin_clz(grid.warps[warp].ready);
+  } else {
+    warp = __builtin_ctz(warps);
+    lane = __builtin_ctz(grid.warps[warp].ready);
+  }
+  Warp& w = grid.warps[warp];
+  w.ready &= ~(1u << lane);
+  if (!w.ready) grid.ready &= ~(1u << warp);
+  return &grid.threads[warp * kWarp + lane];
 }
 
 // ---- switching -----------------------------------------------------------------------------------------------------------
@@ -190,7 +194,11 @@ void release_barrier() {
   ++grid.epoch;
   ++stats.barriers;
   draw_priorities();
-  for (Warp& w : grid.warps) w.ready |= std::exchange(w.at_barrier, 0);
+  for (Warp& w : grid.warps) {
+    finish_accesses(w);
+    count_copies(w);
+    make_ready(w, std::exchange(w.at_barrier, 0));
+  }
 }
 
 // What a lane of `lanes` did is over for every other one of them, and so is what they knew to be over.
@@ -209,12 +217,13 @@ bool finish_collective(Warp& w, int lane) {
   const Arrival& first = w.lane[lane];
   const uint32_t need = first.mask & w.exists & ~w.exited;
   if ((w.arrived & need) != need) return false;
+  if (!w.accesses.empty() && need == ~0u) finish_accesses(w);
   void* args[kWarp];
   for (int i = 0; i < kWarp; ++i) args[i] = has_lane(need, i) ? w.lane[i].arg : nullptr;
   first.op(args, need);
   if (first.orders_memory && checks) order_lanes(w, need);
   w.arrived &= ~need;
-  w.ready |= need;
+  make_ready(w, need);
   return true;
 }
 
@@ -235,14 +244,21 @@ void start_block() {
   grid.block_start = ++grid.epoch;
   grid.blocks.push_back({grid.epoch, blockIdx});
   grid.alive = grid.size;
+  grid.ready = 0;
   at = Barrier{};
   for (size_t i = 0; i < grid.warps.size(); ++i) {
     Warp& w = grid.warps[i];
     const int lanes = std::min(kWarp, grid.size - static_cast<int>(i) * kWarp);
-    w.exists = w.ready = lanes == kWarp ? ~0u : (1u << lanes) - 1;
+    w.id = static_cast<int>(i);
+    w.exists = lanes == kWarp ? ~0u : (1u << lanes) - 1;
+    w.ready = 0;
+    make_ready(w, w.exists);
     w.exited = w.at_barrier = w.arrived = 0;
     if (w.now) std::memset(w.seen, 0, sizeof w.seen);
     w.now = 0;
+    w.accesses.clear();
+    std::fill_n(w.next_access, kWarp, 0);
+    for (auto& lane : w.copies) lane.clear();
   }
   draw_priorities();
   uint3 index{};
@@ -266,12 +282,17 @@ void start_block() {
 [[noreturn]] void fail_deadlock() {
   grid.current = nullptr;
   std::string m = "deadlock: " + std::to_string(grid.alive) + " threads never got past:";
-  int shown = 0;
-  for (int i = 0; i < grid.size && shown < 4; ++i) {
-    const Thread& t = grid.threads[static_cast<size_t>(i)];
+  std::vector<std::pair<const Thread*, int>> places;  // the first thread at each, how many there are
+  for (const Thread& t : grid.threads) {
     if (t.done) continue;
-    ++shown;
-    m += "\n  " + name_of(t) + ": " + t.waits_for + (t.file ? std::string(" at ") + t.file + ":" + std::to_string(t.line) : "");
+    const auto same = [&](const auto& place) { return place.first->waits_for == t.waits_for && place.first->file == t.file && place.first->line == t.line; };
+    const auto found = std::find_if(places.begin(), places.end(), same);
+    if (found == places.end()) places.push_back({&t, 1});
+    else ++found->second;
+  }
+  for (const auto& [t, count] : places) {
+    m += "\n  " + name_of(*t) + (count > 1 ? " and " + std::to_string(count - 1) + " more" : "") + ": " + t->waits_for;
+    if (t->file) m += std::string(" at ") + t->file + ":" + std::to_string(t->line);
   }
   fail(m);
 }
@@ -282,6 +303,10 @@ void run_block() {
   watching = false;
   if (grid.error) std::rethrow_exception(std::exchange(grid.error, nullptr));
   if (grid.alive) fail_deadlock();
+  for (Warp& w : grid.warps) {
+    finish_accesses(w);
+    count_copies(w);
+  }
   ++stats.blocks;
   stats.threads += static_cast<uint64_t>(grid.size);
 }
@@ -351,10 +376,12 @@ void collective(uint32_t mask, WarpOp op, void* arg, const char* what, bool orde
   Warp& w = warp_of(me);
   if (!(mask & me.bit())) fail(std::string(what) + ": the calling lane is not in its mask");
   w.lane[me.lane()] = {mask, op, arg, what, orders_memory};
-  for (int i = 0; i < kWarp; ++i) {
+  // Those whose masks overlap have been found alike when they came. So if one of my mask is here, to be like that one is enough.
+  const uint32_t mine = w.arrived & mask;
+  for (uint32_t rest = mine ? mine & -mine : w.arrived; rest; rest &= rest - 1) {
+    const int i = __builtin_ctz(rest);
     const Arrival& other = w.lane[i];
-    if (!has_lane(w.arrived, i) || !(other.mask & mask)) continue;
-    if (other.mask != mask || other.op != op)
+    if ((other.mask & mask) && (other.mask != mask || other.op != op))
       fail(std::string("divergent warp collective: ") + what + " against " + other.what + " of lane " + std::to_string(i));
   }
   w.arrived |= me.bit();

@@ -10,7 +10,7 @@ that they ignore the background.
 >>> total.backward()
 """
 
-from . import nn, ops, reference, rules
+from . import dispatch, nn, ops, reference, rules
 from ._backend import info
 from .errors import FisnetWarning, UnsupportedModelError
 from .isnet.explain import ConservationReport, check_conservation, relevance, supported
@@ -30,6 +30,7 @@ __all__ = [
     "__version__",
     "check_conservation",
     "check_masks",
+    "dispatch",
     "info",
     "nn",
     "ops",

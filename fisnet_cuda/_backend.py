@@ -70,9 +70,16 @@ def check_backend(backend: str) -> str:
 def implementation(name: str, backend: str, device: torch.device | None = None, operands: tuple = ()) -> str:
     """The implementation that op ``name`` has: "reference" or "cuda", on ``device`` when it is known.
 
-    A kernel that does not serve every setting has a predicate ``serves`` of the op's operands, which returns why not.
+    A kernel that does not serve every setting has a predicate ``serves`` of the op's operands, which returns why not. An op
+    that `fisnet_cuda.dispatch` chooses for has "library", where it has no fused kernel too, or what that module's `planned` says.
     """
     kernels = _load()[0]
+    dispatch = importlib.import_module("fisnet_cuda.dispatch")  # it needs this module first
+    if name in dispatch.OPS:
+        here = device is None or device.type in KERNEL_DEVICES
+        if backend == "reference" or kernels is None or not here:
+            return "reference"
+        return dispatch.planned(name) if name in kernels else dispatch.LIBRARY
     if backend == "reference" or kernels is None or name not in kernels:
         return "reference"
     if operands and getattr(kernels[name], "serves", lambda *_: "")(*operands):
@@ -97,6 +104,16 @@ def kernel(name: str, backend: str, tensor: Tensor) -> Callable:
         _warn_once(reason)
         return getattr(reference, name)
     return _KERNELS.get(name) or getattr(reference, name)
+
+
+def fused(name: str) -> Callable | None:
+    """The fused kernel of op ``name``, for `fisnet_cuda.dispatch`; None without one."""
+    return None if _missing() else _KERNELS.get(name)
+
+
+def has_kernel(name: str, backend: str, tensor: Tensor) -> bool:
+    """Whether a kernel, and not the reference, runs op ``name`` for ``tensor``; raises and warns as `kernel` does."""
+    return kernel(name, backend, tensor) is not getattr(reference, name)
 
 
 _warned: set[str] = set()

@@ -3,6 +3,7 @@ tests were skipped, and why, in the summary."""
 
 import os
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,9 @@ torch.backends.cudnn.allow_tf32 = False
 
 # cmake, ninja and the like may come from this environment, which need not be activated
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+# what tests measure on a GPU is not for the user's own runs
+os.environ.setdefault("FISNET_CACHE", os.path.join(tempfile.gettempdir(), f"fisnet_tests_{os.getpid()}", "dispatch.json"))
 
 hypothesis.settings.register_profile("fisnet", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("fisnet")

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import functools
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -89,6 +90,17 @@ def load() -> None:
 def configure(order: str = "in order", seed: int = 1, async_random: bool = False, checks: bool = True, max_shared: int = -1) -> None:
     """Set the schedule of threads and blocks, whether accesses are checked, and the bytes of shared memory that a block may have."""
     torch.ops.fisnet_emulator.config(ORDERS[order], seed, async_random, checks, max_shared)
+
+
+def stats() -> dict[str, int]:
+    """What the emulated operators have run since `reset_stats`: blocks, barriers, tensor-core products, accesses to shared memory and
+    their bank conflicts (``Stats`` of `emu/cuda_emu.h` says what each is)."""
+    return json.loads(torch.ops.fisnet_emulator.stats())
+
+
+def reset_stats() -> None:
+    """Start counting anew."""
+    torch.ops.fisnet_emulator.reset_stats()
 
 
 def symbolize(message: str) -> str:

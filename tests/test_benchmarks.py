@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import common, models, run_all, verify
+from benchmarks import cases, common, models, run_all, verify
 from benchmarks.cases import CASES, DOUBLE_BACKWARD, Setup, TrainingStep
 from benchmarks.common import Bar, Report, Spread, Times, cell
 
@@ -75,7 +75,7 @@ class TestQuickRun:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", run_all.NAMES)
+@pytest.mark.parametrize("name", [*run_all.NAMES, "dispatch", "gpu_step", "gpu_profile", "kernels"])
 def test_runs_as_a_file_too(name):
     run = command(f"benchmarks/{name}.py", "--help")
     assert run.returncode == 0, run.stderr
@@ -102,6 +102,14 @@ class TestCases:
         assert all(p.grad.abs().sum() > 0 for p in step.parameters)
         same = [torch.equal(p, b) for p, b in zip(step.parameters, before)]
         assert all(same) is not update
+
+    @pytest.mark.parametrize("precision", cases.AUTOCAST)
+    def test_a_step_under_autocast(self, precision):
+        step = TrainingStep("selective", Setup("small", classes=3, batch=2, size=32, precision=precision))
+        with step.setup.autocast():
+            assert step.net(step.images).dtype == cases.AUTOCAST[precision]
+        step()
+        assert all(p.grad.isfinite().all() for p in step.parameters)
 
     def test_every_variant_agrees_with_the_baseline(self):
         setup = Setup("small", classes=3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import inspect
 import json
 import os
 import signal
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -17,11 +20,16 @@ import pytest
 import torch
 from emulator import emulated, needs
 
-from benchmarks import gpu, gpu_report, gpu_step, gpu_wheels, gpu_worker, kernels
-from benchmarks.common import Report, cell
+import fisnet_cuda as fc
+from benchmarks import choices, dispatch, gpu, gpu_profile, gpu_report, gpu_step, gpu_wheels, gpu_worker, kernels
+from benchmarks.cases import Setup
+from benchmarks.common import Report, Spread, cell
 from benchmarks.gpu_step import COMPILED, EAGER, REPLAYED, Contestant
 from benchmarks.kernel_cases import Sizes, all_cases
-from fisnet_cuda import _backend
+from fisnet_cuda import _backend, reference
+from fisnet_cuda.graph.ir import Instr
+from fisnet_cuda.graph.program import _Call
+from fisnet_cuda.reference import linear_geometry, linear_phi
 
 ROOT = Path(__file__).resolve().parents[1]
 has_kernels = pytest.mark.skipif(bool(needs()), reason=needs() or "the kernels run emulated")
@@ -69,7 +77,7 @@ def stub(folder: Path, name: str, body: str) -> list[str]:
 @has_kernels
 def test_a_dry_run_writes_every_number(tmp_path):
     done = driver(
-        "--only", "tests", "kernels", "steps", "--minutes", "4", "--tests", "tests/gpu/test_cuda.py", "--at-once", "2",
+        "--only", "tests", "dispatch", "kernels", "steps", "--minutes", "4", "--tests", "tests/gpu/test_cuda.py", "--at-once", "2",
         "--kernel-args=--cases phi_scale/K3 --compiler eager", "--step-args=--cases selective --compiler none", out=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -78,12 +86,16 @@ def test_a_dry_run_writes_every_number(tmp_path):
     assert content["finished"]
     assert not content["wrong"]
     assert content["failures"] == []
-    assert [stage["name"] for stage in content["stages"]] == ["environment", "tests", "kernels", "small"]
+    assert [stage["name"] for stage in content["stages"]] == ["environment", "tests", "dispatch", "kernels", "small"]
     assert content["tests"]["skipped"] > 10
     assert content["tests"]["why_skipped"] == ["no GPU here"]
     for row in content["kernels"] + content["steps"]:
         assert {"device", "torch", "fisnet_cuda", "commit"} <= row.keys()
         assert row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
+    for row in content["dispatch"]:
+        assert row["made_up"]
+        assert (row["medians"], row["again"], row["margin"]) == ({}, {}, None)
+    assert any("made-up times" in note for note in content["notes"])
     (row,) = content["kernels"]
     assert {"gb_s", "share", "eager_over", "compiled_over", "over_copy", "traffic_bytes"} <= row.keys()
     wanted = {c.key for c in (*EAGER, *REPLAYED) if c.case in ("plain", "selective")}
@@ -164,6 +176,47 @@ class TestWorkers:
         stages = self.time(run, worker)
         assert stages["stuck"]["status"] == "timeout"
         assert "not prepared" in stages["stuck"]["detail"]
+
+    def test_the_others_start_when_the_first_has_the_gpu_and_tests_when_it_is_prepared(self, run, tmp_path):
+        first = """
+            time.sleep(0.5)
+            before = time.time()
+            print("ALONE", flush=True)
+            time.sleep(0.5)
+            ready = time.time()
+            print("READY", flush=True)
+            sys.stdin.readline()
+            save([{"alone": before, "ready": ready}])
+        """
+        other = """
+            began = time.time()
+            print("READY", flush=True)
+            sys.stdin.readline()
+            save([{"began": began}])
+        """
+        run = run()
+        run.workers = [
+            gpu.Worker("first", "dispatch", stub(tmp_path, "first", first), 5, first=True),
+            gpu.Worker("other", "steps", stub(tmp_path, "other", other), 5),
+        ]
+        preparing = gpu.Preparing(run, 2)
+        preparing.start()
+        preparing.wait_for_first()
+        tests_begin = time.time()
+        preparing.wait()
+        gpu.measure(run)
+        (first,), (other,) = run.content()["dispatch"], run.content()["steps"]
+        assert other["began"] > first["alone"]
+        assert tests_begin >= first["ready"]
+
+    def test_a_first_one_that_ends_at_once_keeps_nobody(self, run, tmp_path):
+        run = run()
+        run.workers = [gpu.Worker("broken", "dispatch", stub(tmp_path, "broken_first", "sys.exit(3)"), 5, first=True)]
+        preparing = gpu.Preparing(run, 2)
+        preparing.start()
+        preparing.wait_for_first()
+        assert run.workers[0].job.ready.is_set()
+        preparing.wait()
 
     def test_a_wrong_result_decides_the_exit_code(self, run, tmp_path):
         worker = gpu.Worker("liar", "kernels", stub(tmp_path, "liar", "save([], wrong=True)\nsys.exit(1)"), 5)
@@ -279,10 +332,55 @@ class TestKernels:
             with kernels.grad_where_asked(args):
                 assert case.traffic(args, kwargs, contest.kernel(*args, **kwargs)) > 0
 
+    @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+    @pytest.mark.parametrize("case", [case for case in all_cases() if case.flops], ids=lambda case: case.name)
+    def test_every_tile_of_a_product_is_right(self, case, dtype):
+        """Channels in vectors of 16 bytes, which every compiled tile shape can run."""
+        with emulated(checks=False):
+            contest = kernels.Contest(kernels.shrink(case, odd=False), dtype, "cpu", "none")
+            if not contest.is_kernel:
+                pytest.skip(f"no kernel {case.kernel} in this build")
+            assert contest.problem() == ""
+            assert len(contest.shapes(*contest.operands())) > 1
+
+    def test_a_wrong_tile_is_noticed(self):
+        with emulated(checks=False):
+            case = next(kernels.shrink(case, odd=False) for case in all_cases() if case.kernel == "transposed_phi")
+            contest = kernels.Contest(case, "bf16", "cpu", "none")
+            right, worst = contest.kernel, [*contest.shapes(*contest.operands())][-1]
+
+            def wrong(*args, tile=None, **kwargs):
+                return tuple(t * (1.1 if tile == worst else 1) for t in right(*args, tile=tile, **kwargs))
+
+            contest.kernel = wrong
+            assert contest.problem().startswith(f"{worst}: result 0 has error")
+
+    def test_products_stand_against_the_library_and_every_tile_is_timed(self, tmp_path):
+        report = kernels.run(self.options(tmp_path, "--cases", "transposed_phi/vgg", "--dtypes", "bf16"))
+        (row,) = report.rows
+        assert row["ms"] == next(iter(row["tiles"].values()))
+        assert row["eager_over"]["p50"] > 0
+        assert row["tflop_s"]["p50"] > 0
+        assert not report.bars
+        assert kernels.COLUMNS["tiles, ms"](row).startswith("64x64 ")
+
     def test_shares_make_the_whole(self, tmp_path):
         every = kernels.selected(self.options(tmp_path))
         shares = [kernels.selected(self.options(tmp_path, "--share", f"{i}/3")) for i in (1, 2, 3)]
         assert sorted((c.name, d) for share in shares for c, d in share) == sorted((c.name, d) for c, d in every)
+
+
+def test_every_product_has_cases():
+    """All of `fisnet_cuda.reference.linear_phi`, at layers with strides, of several taps, and wide ones."""
+    ops = {name for name, value in vars(linear_phi).items() if inspect.isfunction(value) and value.__module__ == linear_phi.__name__}
+    cases = [case for case in all_cases() if case.flops]
+    weights = {"folded", "folded_plus"} # what the products multiply by
+    assert {case.kernel for case in cases} == {name for name in ops if name[0] != "_"} - weights
+    assert len({case.name for case in cases}) == len(cases)
+    deep = next(case for case in cases if case.name == "transposed_phi/resnet 3x3 128-128 at 28")
+    assert deep.flops(deep.sizes) == 2 * 64 * 28 * 28 * 128 * 128 * 9
+    strided = next(case for case in cases if case.name == "linear_act/resnet 3x3/2 256-256 at 28")
+    assert strided.flops(strided.sizes) == 2 * 64 * 14 * 14 * 256 * 256 * 9
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
@@ -297,6 +395,344 @@ def test_contestants_have_names_of_their_own():
     keys = [c.key for c in (*EAGER, *COMPILED, *REPLAYED)]
     assert len(set(keys)) == len(keys)
     assert Contestant("selective", "reference", compiled=True).text == "selective, PyTorch reference, compiled"
+
+
+    library = Contestant("selective", products="library")
+    assert (library.key, library.text) == ("selective_library", "selective, library products")
+    assert [c.key for c in EAGER if c.chooses] == ["selective", "dual", "stochastic", "original"]
+
+
+# ---- the dispatcher's choices --------------------------------------------------------------------------------
+
+
+class FakeTimer:
+    """Times for candidate 0 and the fused kernel, in both rounds of the choice and in those after it."""
+
+    def __init__(self, deciding: float, again: list[float]) -> None:
+        self.times = iter([deciding, deciding, *again, *([again[-1]] * 50)])
+        self.rounds = 0
+
+    def cannot(self, values) -> str:
+        return ""
+
+    def round(self, candidates) -> list[float]:
+        self.rounds += 1
+        return [1.0, next(self.times)][: len(candidates)]
+
+
+class FakeStep:
+    """A training step whose only call of the dispatcher is one dense layer."""
+
+    def __init__(self, *_: object) -> None:
+        self.explainer = type("Explainer", (), {"_programs": {}})
+        self.operands = (torch.ones(2, 3), torch.ones(4, 3), linear_geometry())
+        self.operands = tuple(t.bfloat16() if isinstance(t, torch.Tensor) else t for t in self.operands)
+
+    def __call__(self) -> None:
+        fc.dispatch.run("linear_act", "auto", *self.operands)
+
+
+class TestDispatch:
+    @pytest.fixture
+    def finds(self, monkeypatch, tmp_path):
+        """``finds(timer, spoil)``: exit code and report of the benchmark of a `FakeStep`, whose kernel's results are spoilt."""
+
+        def kernel(*operands, tile=None, poison=False, **options):
+            return tuple(kernel.spoil(t) for t in reference.linear_act(*operands, **options))
+
+        kernel.serves, kernel.tiles = lambda *_, **__: "", lambda *_, **__: ("64x64",)
+        monkeypatch.setattr(_backend, "KERNEL_DEVICES", frozenset({"cpu"}))
+        monkeypatch.setattr(_backend, "fused", lambda name: kernel)
+        monkeypatch.setattr(dispatch, "TrainingStep", FakeStep)
+        monkeypatch.setattr(gpu_worker, "emulating", lambda device: contextlib.nullcontext(""))
+
+        def find(timer, spoil=lambda t: t):
+            kernel.spoil = spoil
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", fc.FisnetWarning)
+                code = dispatch.main(["--quick", "--cases", "selective", "--part", str(tmp_path / "part.json")], timer)
+            return code, json.loads((tmp_path / "part.json").read_text())
+
+        return find
+
+    def test_a_good_choice(self, finds):
+        code, found = finds(FakeTimer(0.5, [0.6]))
+        assert code == 0
+        (row,) = found["rows"]
+        assert row["choice"] == "fused/64x64"
+        assert row["medians"] == {"library": [1.0, 1.0], "fused/64x64": [0.5, 0.5]}
+        assert row["margin"] == 0.5
+        assert row["again"] == {"library": [1.0] * 3, "fused/64x64": [0.6] * 3}, "measured again, by other numbers"
+        assert any("the choices save 0.40 ms" in note for note in found["notes"])
+        assert [bar["verdict"] for bar in found["bars"]] == ["PASS"]
+
+    def test_a_chosen_kernel_that_is_slower_after_all(self, finds, capsys):
+        code, found = finds(FakeTimer(0.5, [1.2]))
+        assert code == 1
+        assert found["rows"][0]["slower"]
+        assert not found["wrong"]
+        assert "is SLOWER than candidate 0, 1.200 times" in capsys.readouterr().err
+        assert [bar["verdict"] for bar in found["bars"]] == ["FAIL"]
+
+    def test_noise_does_not_make_it_slower(self, finds):
+        timer = FakeTimer(0.5, [1.01, 1.01, 0.9, 0.9])
+        assert finds(timer)[0] == 0
+        assert timer.rounds == 2 + dispatch.DOUBTFUL
+
+    def test_candidate_0_where_nothing_is_faster(self, finds):
+        code, found = finds(FakeTimer(0.99, [9.0]))
+        assert code == 0
+        assert found["rows"][0]["choice"] == "library"
+        assert found["rows"][0]["again"] == {}
+
+    def test_a_wrong_kernel(self, finds, capsys):
+        code, found = finds(FakeTimer(0.5, [0.5]), lambda t: 1.1 * t)
+        assert code == 1
+        assert found["wrong"]
+        assert "relative error" in found["rows"][0]["blacklisted"]["fused/64x64"]
+        assert "fused/64x64 is WRONG" in capsys.readouterr().err
+
+    def test_made_up_times_are_no_measurement(self, finds):
+        code, found = finds(None)
+        assert code == 0
+        (row,) = found["rows"]
+        assert row["choice"] == "fused/64x64"
+        assert (row["medians"], row["margins"], row["again"], row["margin"], row["over_library"]) == ({}, {}, {}, None, None)
+        assert found["bars"] == []
+        assert any("made-up" in note for note in found["notes"])
+        assert " us" not in dispatch.COLUMNS["choice"](row)
+        assert "made up" in dispatch.COLUMNS["choice"](row)
+
+    def test_layers_are_named_in_both_directions(self, monkeypatch):
+        """Two instructions, each with an op in its forward and one in its backward."""
+
+        class Double(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return fc.dispatch.run("linear_act", "auto", x, torch.eye(3), linear_geometry())[0]
+
+            @staticmethod
+            def backward(ctx, g):
+                return fc.dispatch.run("linear_act", "auto", g.repeat(2, 1), torch.eye(3), linear_geometry())[0][: len(g)]
+
+        instrs = tuple(Instr("op", lambda x: Double.apply(x.exp()), (), (0,), layer) for layer in ("one", "two"))
+        lowered = type("Lowered", (), {"forward": instrs, "relevance": ()})
+        program = type("Program", (), {"lowered": lowered, "_relevance": ()})()
+        program._forward = tuple(_Call.of(instr, (), {}) for instr in instrs)
+
+        def step():
+            x = torch.ones(2, 3, requires_grad=True)
+            for call in program._forward:
+                x = call.fn(x)
+            x.sum().backward()
+
+        step.explainer = type("Explainer", (), {"_programs": {True: (program, program)}})
+        monkeypatch.setattr(_backend, "KERNEL_DEVICES", frozenset({"cpu"}))
+        monkeypatch.setattr(_backend, "fused", lambda name: None)
+        before, run = program._forward, fc.dispatch.run
+        seen = []
+        watch = dispatch.Watch(step, lambda use, *_: None)
+        monkeypatch.setattr(watch, "_see", lambda name, operands, options: seen.append((watch._layer, len(operands[0]))))
+        watch()
+        assert seen == [("one", 2), ("two", 2), ("two", 4), ("one", 4)]
+        assert program._forward is before
+        assert fc.dispatch.run is run
+
+    @pytest.mark.parametrize(
+        ("layers", "text"),
+        [
+            (["a.1.b"], ["a.1.b"]),
+            (["a.1.b", "a.3.b", "a.2.b", "a.2.c"], ["a.[1-3].b", "a.2.c"]),
+            (["layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1"], ["layer1.0.conv[1-2]", "layer1.1.conv1"]),
+            (["a.0", "a.1", "a.5"], ["a.[0-1,5]"]),
+        ],
+    )
+    def test_names_in_groups(self, layers, text):
+        assert dispatch.grouped(layers) == text
+
+    def test_the_figure(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        report = Report("dispatch", "", {}, {**gpu_report.describe("cpu")}, dispatch.COLUMNS)
+        for index, (choice, ratio) in enumerate([("fused/64x64", 0.8), ("library", 1.3), ("library", 9.0)]):
+            row = {
+                "model": "resnet50", "size": 224, "precision": "bf16", "case": "selective", "layers": [f"layer{index}"], "calls": 1,
+                "op": "linear_act", "operands": {"x": "bfloat16[2,3]", "W": "bfloat16[4,3]", "geometry": "(0,(),(),(),1)"},
+                "medians": {"library": [1.0, 1.0], "fused/64x64": [ratio, ratio]}, "margins": {"fused/64x64": 1 - ratio},
+                "choice": choice, "over_library": Spread(ratio, ratio, ratio) if choice != "library" else None,
+            }  # fmt: skip
+            report.add(**row)
+        dispatch.draw(report, tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(
+        ("arguments", "ops"),
+        [
+            (["--quick", "--cases", "selective"], {"transposed_phi"}),
+            pytest.param(
+                ["--models", "resnet18", "--size", "32", "--batch", "2", "--cases", "selective"],
+                {"transposed_phi", "fprop_adjoint"}, marks=pytest.mark.slow,
+            ),
+        ],
+        ids=["small", "resnet18"],
+    )  # fmt: skip
+    @has_kernels
+    def test_a_real_net_emulated(self, tmp_path, arguments, ops):
+        """With the true programs: every choice has a layer, and each kernel that could be chosen computes what it should."""
+        part = tmp_path / "part.json"
+        assert dispatch.main([*arguments, "--part", str(part)]) == 0
+        rows = json.loads(part.read_text())["rows"]
+        assert all(layer for row in rows for layer in row["layers"])
+        assert {row["op"] for row in rows if row["choice"] != "library"} >= ops
+
+
+class TestChoices:
+    @pytest.fixture
+    def call(self, monkeypatch, tmp_path):
+        """A call of the dispatcher whose kernel is faster; what it ran."""
+        ran = []
+
+        def kernel(*operands, tile=None, poison=False, **options):
+            ran.append(tile)
+            return reference.linear_act(*operands, **options)
+
+        kernel.serves, kernel.tiles = lambda *_, **__: "", lambda *_, **__: ("64x64",)
+        monkeypatch.setattr(_backend, "KERNEL_DEVICES", frozenset({"cpu"}))
+        monkeypatch.setattr(_backend, "fused", lambda name: kernel)
+        step = FakeStep()
+
+        def run():
+            ran.clear()
+            step()
+            return ["fused" for tile in ran] or ["library"]
+
+        with choices.kept_in(tmp_path / "choices.json", FakeTimer(0.5, [0.5])):
+            yield run
+
+    def test_nothing_is_measured_while_it_is_postponed(self, call):
+        with choices.postponed() as waiting:
+            assert call() == ["library"]
+            assert waiting.refused == 1
+        assert choices.decide([call], 60.0).fresh == 1
+        with choices.postponed() as waiting:
+            assert call() == ["fused"]
+            assert waiting.refused == 0
+
+    def test_deciding_ends_with_its_time(self, call):
+        found = choices.decide([call], 0.0)
+        assert (found.fresh, found.refused) == (0, 1)
+
+    def test_choices_of_other_processes_are_found(self, call):
+        with choices.postponed():
+            assert call() == ["library"]
+            path = choices.dispatcher().cache.path
+        choices.decide([call], 60.0)
+        kept = path.read_text()
+        fc.dispatch.clear()
+        with choices.postponed():
+            assert call() == ["library"]
+            path.write_text(kept)
+            assert call() == ["library"], "the file was read before"
+        with choices.postponed():
+            assert call() == ["fused"]
+
+    def test_the_users_own_choices_are_left_alone(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("FISNET_CACHE", str(tmp_path / "mine.json"))
+        with choices.kept_in(tmp_path / "other.json"):
+            assert choices.dispatcher().cache.path == tmp_path / "other.json"
+        assert os.environ["FISNET_CACHE"] == str(tmp_path / "mine.json")
+        assert choices.dispatcher().cache.path == tmp_path / "mine.json"
+        fc.dispatch.reset()
+
+
+class TestSteps:
+    @pytest.mark.parametrize(("device", "judged"), [("NVIDIA H100 80GB HBM3", True), ("NVIDIA A100", False)])
+    def test_the_bars(self, device, judged):
+        report = Report("step", "", {}, {**gpu_report.describe("cpu"), "device": device}, gpu_step.COLUMNS)
+        for case in ("plain", "selective", "selective_library", "dual", "selective_compiled"):
+            report.add(case=case, over_plain=Spread(1.0, 1.2, 1.3), over_compiled_plain=Spread(1.5, 1.8, 2.0))
+        gpu_step._bars(report, Setup("resnet50", size=224, precision="bf16"), "label")
+        limits = [(bar.limit, bar.verdict) for bar in report.bars]
+        wanted = [(1.2, "PASS"), (1.7, "FAIL"), (1.9, "PASS"), (2.7, "PASS")]
+        assert limits == [(limit, verdict if judged else "----") for limit, verdict in wanted]
+        report.bars.clear()
+        gpu_step._bars(report, Setup("resnet50", size=224, precision="tf32"), "label")
+        assert not report.bars
+
+    def test_library_products_are_forced(self, monkeypatch, tmp_path):
+        def kernel(*operands, tile=None, poison=False, **options):
+            return tuple(2 * t for t in reference.linear_act(*operands, **options))
+
+        kernel.serves, kernel.tiles = lambda *_, **__: "", lambda *_, **__: ("64x64",)
+        monkeypatch.setattr(_backend, "KERNEL_DEVICES", frozenset({"cpu"}))
+        monkeypatch.setattr(_backend, "fused", lambda name: kernel)
+        x, W = torch.ones(1, 2).bfloat16(), torch.ones(1, 2).bfloat16()
+
+        def step():
+            return fc.dispatch.run("linear_act", "auto", x, W, linear_geometry())[0].item()
+
+        found = []
+        with fc.dispatch.forced("*=fused"):
+            found.append(step())
+            gpu_step.Forced(lambda: found.append(step()), "*=library")()
+        assert found == [4.0, 2.0]
+
+    @has_kernels
+    def test_deciding_is_no_part_of_a_timed_step(self, monkeypatch, tmp_path):
+        timer, timed = Counting(), []
+
+        def interleave(steps, *arguments):
+            before = timer.rounds
+            times = right(steps, *arguments)
+            timed.append((before, timer.rounds))
+            return times
+
+        right = gpu_step.common.interleave
+        monkeypatch.setattr(gpu_step.common, "interleave", interleave)
+        argv = ["--quick", "--precision", "bf16", "--cases", "selective", "--compiler", "none", "--graphs"]
+        argv += ["--part", str(tmp_path / "part.json")]
+        with choices.kept_in(tmp_path / "choices.json", timer):
+            assert gpu_step.main(argv) == 0
+        ((before, after),) = timed
+        assert 0 < before == after
+        found = json.loads((tmp_path / "part.json").read_text())
+        assert any("new choices of the dispatcher took" in note for note in found["notes"])
+        rows = {row["case"]: row for row in found["rows"]}
+        assert {"selective", "selective_library", "selective_graph", "selective_library_graph"} <= rows.keys()
+        assert rows["selective"]["over_library_products"].keys() == {"p20", "p50", "p80"}
+        assert "over_library_products" not in rows["selective_library"]
+
+
+class Counting(choices.MadeUp):
+    """Made-up times, counted."""
+
+    rounds = 0
+
+    def round(self, candidates) -> list[float]:
+        self.rounds += 1
+        return super().round(candidates)
+
+
+class TestProfile:
+    @pytest.mark.parametrize(
+        ("name", "short", "serves"),
+        [
+            ("void fisnet::linear_kernel<__nv_bfloat16, fisnet::Tile<128, 128, 8, 4>, 1, fisnet::Product<false, 1, 1, false>, "
+             "fisnet::(anonymous namespace)::AdjointEpilogue<__nv_bfloat16> >(fisnet::ProductPlan, void*)",
+             "fprop_adjoint bf16 128x128", "fprop_adjoint"),
+            ("void fisnet::linear_kernel<float, fisnet::Tile<64, 64, 4, 4>, 0, fisnet::Product<true, 2, 2, false>, "
+             "fisnet::(anonymous namespace)::DualPhiEpilogue<float> >(fisnet::ProductPlan, void*)",
+             "dual_transposed_phi fp32 64x64, by element", "dual_transposed_phi"),
+            ("void fisnet::(anonymous namespace)::phi_scale_kernel<__half, 8>(fisnet::PhiScaleParams)",
+             "phi_scale_kernel<fp16, 8>", "phi_scale"),
+            ("sm80_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "sm80_xmma_fprop_implicit_gemm_bf16bf16_bf16f32",
+             "library: convolution"),
+            ("sm90_xmma_wgrad_implicit_gemm", "sm90_xmma_wgrad_implicit_gemm", "library: weight gradient"),
+            ("void at::native::vectorized_elementwise_kernel<4>", "void at::native::vectorized_elementwise_kernel<4>",
+             "PyTorch: pointwise and reductions"),
+        ],
+    )  # fmt: skip
+    def test_kernels_have_short_names_and_a_place(self, name, short, serves):
+        assert (gpu_profile.short(name), gpu_profile.serves(name)) == (short, serves)
 
 
 class TestTurn:

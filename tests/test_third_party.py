@@ -155,8 +155,8 @@ def test_plan_of_a_resnet():
     net = fc.ISNet(make(), variant="dual", supervise=("features.stage2", "features.stage4"))
     rows = {row.layer: row for row in net.plan().rows}
     assert rows["features.init_block.conv.conv"].rule == "zB[0, 1]"
-    assert rows["features.stage1.unit1.body.conv3.conv"].rule == "z+(0.01), epsilon(0.01)"
-    assert rows["output"].kernel == "plus_start:reference, dgrad:reference"
+    assert rows["features.stage1.unit1.body.conv3.conv"].rule == "z+(0.01), z+(0.01) | epsilon(0.01)"
+    assert rows["output"].kernel == "plus_start:reference, dual_transposed_phi:reference"
     out = net(x, relevance=True)
     assert {name: R.shape for name, R in out.hidden.items()} == {
         "features.stage2": (2, 2, 24, 8, 8), "features.stage4": (2, 2, 48, 2, 2)

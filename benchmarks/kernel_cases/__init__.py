@@ -53,6 +53,8 @@ class KernelCase:
         sizes: what the table reports; ResNet-50's first stage unless the op lives elsewhere.
         eager: what PyTorch users would write, where that is not the reference itself; same arguments.
         run: ``run(function, *args, **kwargs)`` in place of ``function(*args, **kwargs)``, where more than one call is timed.
+        flops: ``flops(sizes)``, for products of linear maps: what they multiply and add, whose time on the tensor cores is a second
+            floor. Theirs are rounded to TF32 in float32, every tile shape is timed, and torch.compile is left out.
     """
 
     name: str
@@ -62,6 +64,7 @@ class KernelCase:
     sizes: Sizes = Sizes()
     eager: Callable | None = None
     run: Callable | None = None
+    flops: Callable[[Sizes], int] | None = None
 
 
 def nbytes(*tensors: Any) -> int:

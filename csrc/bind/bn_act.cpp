@@ -10,26 +10,37 @@ int slabs_of(const Planes& planes, const Tensor& t) { return ChannelGrid::of(pla
 int64_t mask_bytes(const Tensor& t) { return (t.numel() + 7) / 8; }
 
 std::tuple<Tensor, Tensor> bn_statistics(
-    const Tensor& x,                // [N, C, ...]
+    const Tensor& x,                // [N, part of C, ...]
     const OptTensor& running_mean,  // [C], updated in place
     const OptTensor& running_var,   // [C], updated in place
     double momentum,
-    double eps) {                   // -> mean [C], rstd [C]
+    double eps,
+    const OptTensor& known_mean,    // [rest of C]
+    const OptTensor& known_rstd,    // [rest of C]
+    int64_t first) {                // x's channels start here -> mean [C], rstd [C]
   const char* op = "bn_statistics";
   BnStatisticsParams p{};
   p.dtype = dtype_of(x, op);
   p.planes = planes_of(op, "x", x);
   p.momentum = momentum;
   p.eps = eps;
+  STD_TORCH_CHECK(known_mean.has_value() == known_rstd.has_value(), op, ": known_mean and known_rstd come together");
+  const int64_t known = known_mean.has_value() ? known_mean->numel() : 0, whole = x.size(1) + known;
+  STD_TORCH_CHECK(whole <= std::numeric_limits<int32_t>::max(), op, ": more than 2^31 - 1 channels");
+  STD_TORCH_CHECK(first >= 0 && first <= known, op, ": first must lie within the ", known, " known channels, got ", first);
+  check_vector(op, "known_mean", known_mean, known, x);
+  check_vector(op, "known_rstd", known_rstd, known, x);
+  p.whole = static_cast<int>(whole);
+  p.first = static_cast<int>(first);
   STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(), op, ": running_mean and running_var come together");
   if (running_mean.has_value()) {
     p.running_dtype = dtype_of(*running_mean, op);
     check_device(op, "running_mean", *running_mean, x);
     check_like(op, "running_var", *running_var, *running_mean);
     for (const Tensor* t : {&*running_mean, &*running_var})
-      STD_TORCH_CHECK(t->numel() == x.size(1) && t->is_contiguous(), op, ": running statistics must be contiguous vectors of ", x.size(1), " values");
+      STD_TORCH_CHECK(t->numel() == whole && t->is_contiguous(), op, ": running statistics must be contiguous vectors of ", whole, " values");
   }
-  Tensor mean = acc_vector(x, x.size(1)), rstd = acc_vector(x, x.size(1));
+  Tensor mean = acc_vector(x, whole), rstd = acc_vector(x, whole);
   if (x.numel() == 0) {  // no statistics of nothing: those that change nothing
     torch::stable::zero_(mean);
     torch::stable::fill_(rstd, 1.0);
@@ -40,7 +51,7 @@ std::tuple<Tensor, Tensor> bn_statistics(
   Launch run(op, x);
   p.slabs = slabs_of(p.planes, x);
   Tensor partial = acc_vector(x, int64_t{4} * p.slabs * x.size(1));
-  p.x = run.in(x); p.partial = run.out(partial); p.mean = run.out(mean); p.rstd = run.out(rstd);
+  p.x = run.in(x); p.known_mean = run.in(known_mean); p.known_rstd = run.in(known_rstd); p.partial = run.out(partial); p.mean = run.out(mean); p.rstd = run.out(rstd);
   p.running_mean = run.update(running_mean); p.running_var = run.update(running_var);
   run.done(launch_bn_statistics(p, run.stream()));
   return {mean, rstd};
@@ -131,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(
 
 #if !defined(FISNET_EMU)
 STABLE_TORCH_LIBRARY_FRAGMENT(fisnet, m) {
-  m.def("bn_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps) -> (Tensor, Tensor)");
+  m.def("bn_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float eps, Tensor? known_mean=None, Tensor? known_rstd=None, int first=0) -> (Tensor, Tensor)");
   m.def("bn_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? skip, bool relu, bool keep_mask) -> (Tensor, Tensor)");
   m.def("bn_act_backward(Tensor[] grads, Tensor? mask, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, bool batch_statistics, bool need_x, bool need_params, bool need_skip) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -14,7 +14,9 @@ void* current_stream(int32_t) { return nullptr; }
 
 Launch::Launch(const char* op, const Tensor&) : op_(op) { emu::clear_allowed(); }
 const void* Launch::in(const Tensor& t) const {
-  emu::allow(t.const_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size(), false);
+  int64_t span = t.numel() ? 1 : 0;  // from the first element to the last: a slice of a map has gaps
+  for (int64_t d = 0; span && d < t.dim(); ++d) span += (t.size(d) - 1) * t.stride(d);
+  emu::allow(t.const_data_ptr(), static_cast<size_t>(span) * t.element_size(), false);
   return t.const_data_ptr();
 }
 void* Launch::out(Tensor& t) const {

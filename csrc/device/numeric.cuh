@@ -80,5 +80,5 @@ template <typename F> inline int with_type(DType dtype, F&& go) {
   return static_cast<int>(cudaErrorInvalidValue);
 }
 
-template <typename I> inline I ceil_div(I n, I by) { return (n + by - 1) / by; }
+template <typename I> __host__ __device__ inline I ceil_div(I n, I by) { return (n + by - 1) / by; }
 }  // namespace fisnet

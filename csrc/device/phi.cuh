@@ -13,4 +13,17 @@ template <typename A> __device__ __forceinline__ A denominator(A v, A e) {
 }
 
 template <typename A> __device__ __forceinline__ A phi(A a, A e) { return Divisor<A>(denominator(a, e))(a); }
+
+// The adjoint of s = phi(a) g at s_bar: g_bar = a / (a + e) s_bar;  a_bar = e / (a + e) (s / a) s_bar, 0 where the unit is dead.
+// The ratios are formed first, so that nothing underflows or overflows on the way.
+template <typename A> struct PhiAdjoint {
+  A g_bar, a_bar;
+
+  __device__ __forceinline__ PhiAdjoint(A a, A e, A s, A s_bar) {
+    const A alive = gated(a, e);
+    const Divisor<A> over(denominator(alive, e));
+    g_bar = over(alive) * s_bar;
+    a_bar = over(alive == A(0) ? A(0) : e) * Divisor<A>(denominator(alive, A(0)))(s) * s_bar;
+  }
+};
 }  // namespace fisnet

@@ -29,6 +29,7 @@ inline Field field(const char* n, int& v) { Field f{n}; f.i32 = &v; return f; }
 inline Field field(const char* n, double& v) { Field f{n}; f.f64 = &v; return f; }
 inline Field field(const char* n, bool& v) { Field f{n}; f.flag = &v; return f; }
 inline Field field(const char* n, DType& v) { Field f{n}; f.dtype = &v; return f; }
+inline Field field(const char* n, TileShape& v) { Field f{n}; f.i32 = reinterpret_cast<int*>(&v); return f; }
 
 using Visitor = std::function<void(const Field&)>;
 struct LauncherEntry {

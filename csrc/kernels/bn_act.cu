@@ -182,17 +182,19 @@ __device__ __forceinline__ void move_towards(void* running, DType dtype, int c, 
 // take longer than the pass over memory before it.
 constexpr int kFinishX = 8, kFinishY = 32;
 
-// mean, rstd = 1 / sqrt(var + eps) with var = M2 / n, and the running statistics with M2 / (n - 1).
+// mean, rstd = 1 / sqrt(var + eps) with var = M2 / n, and the running statistics with n / (n - 1) var. For channels outside x
+// mean and rstd are known, and var = 1 / rstd^2 - eps (to the rounding of var + eps, which is what var is used in).
 // A thread merges every kFinishY-th slab, a tree in shared memory the threads of a channel. In float64. Deterministic.
 // no 16-byte loads and stores: a few kilobytes of partial moments, one channel a thread
 template <typename T>
 __global__ void __launch_bounds__(kFinishX * kFinishY) bn_finish_kernel(BnStatisticsParams p) {
   using A = Acc<T>;
   FISNET_SHARED(double, part, 3 * kFinishX * kFinishY);
-  const int c = static_cast<int>(blockIdx.x) * kFinishX + static_cast<int>(threadIdx.x), channels = p.planes.channels;
+  const int at = static_cast<int>(blockIdx.x) * kFinishX + static_cast<int>(threadIdx.x), c = at - p.first, channels = p.planes.channels;
   const int tid = static_cast<int>(threadIdx.y) * kFinishX + static_cast<int>(threadIdx.x);
+  const bool measured = c >= 0 && c < channels;
   Moments<double> own{};
-  if (c < channels) {
+  if (measured) {
     constexpr int kAhead = 4;  // slabs that are read together
     for (int s = static_cast<int>(threadIdx.y); s < p.slabs; s += kFinishY * kAhead) {
       A of[kAhead][4] = {};  // nothing behind the last slab
@@ -220,13 +222,25 @@ __global__ void __launch_bounds__(kFinishX * kFinishY) bn_finish_kernel(BnStatis
     __syncthreads();
     if (y < half) merge<double>(own, {part[other], part[kThreads + other], 0.0, part[2 * kThreads + other]});
   }
-  if (threadIdx.y != 0 || c >= channels) return;
-  const double mean = own.mean + static_cast<double>(origin<T>(p, c));
-  static_cast<A*>(p.mean)[c] = static_cast<A>(mean);
-  static_cast<A*>(p.rstd)[c] = static_cast<A>(1.0 / sqrt(own.m2 / own.n + p.eps));
+  if (threadIdx.y != 0 || at >= p.whole) return;
+  double mean, var, rstd;
+  if (measured) {
+    mean = own.mean + static_cast<double>(origin<T>(p, c));
+    var = own.m2 / own.n;
+    rstd = 1.0 / sqrt(var + p.eps);
+  } else {
+    const int known = c < 0 ? at : at - channels;
+    mean = static_cast<double>(static_cast<const A*>(p.known_mean)[known]);
+    rstd = static_cast<double>(static_cast<const A*>(p.known_rstd)[known]);
+    var = 1.0 / (rstd * rstd) - p.eps;
+    if (var < 0.0) var = 0.0;  // a constant channel, and the rounding of rstd; NaN stays
+  }
+  static_cast<A*>(p.mean)[at] = static_cast<A>(mean);
+  static_cast<A*>(p.rstd)[at] = static_cast<A>(rstd);
   if (!p.running_mean) return;
-  move_towards(p.running_mean, p.running_dtype, c, p.momentum, mean);
-  move_towards(p.running_var, p.running_dtype, c, p.momentum, own.m2 / (own.n - 1.0));
+  const double n = static_cast<double>(p.planes.outer * p.planes.inner);
+  move_towards(p.running_mean, p.running_dtype, at, p.momentum, mean);
+  move_towards(p.running_var, p.running_dtype, at, p.momentum, var * (n / (n - 1.0)));
 }
 static_assert(kFinishX * kFinishY == kThreads, "the finishing kernels index shared memory by kThreads");
 
@@ -497,13 +511,13 @@ struct ChannelLaunch {
   }
 };
 const dim3 kFinishBlock(kFinishX, kFinishY);
-dim3 finish_grid(const Planes& p) { return dim3(static_cast<unsigned>(ceil_div(p.channels, kFinishX))); }
+dim3 finish_grid(int channels) { return dim3(static_cast<unsigned>(ceil_div(channels, kFinishX))); }
 
 template <typename T, int W>
 int statistics(const BnStatisticsParams& p, cudaStream_t stream) {
   const ChannelLaunch over(p.planes, W, p.slabs);
   const int error = static_cast<int>(launch(bn_moments_kernel<T, W>, over.grid, over.block, 0, stream, p));
-  return error ? error : static_cast<int>(launch(bn_finish_kernel<T>, finish_grid(p.planes), kFinishBlock, 0, stream, p));
+  return error ? error : static_cast<int>(launch(bn_finish_kernel<T>, finish_grid(p.whole), kFinishBlock, 0, stream, p));
 }
 
 template <typename T, int W>
@@ -518,7 +532,7 @@ int backward(BnBackwardParams p, cudaStream_t stream) {
   if (p.partial) {
     const auto sums = p.grads == 1 ? bn_backward_sums_kernel<T, W, 1> : bn_backward_sums_kernel<T, W, BnBackwardParams::kMostGrads>;
     int error = static_cast<int>(launch(sums, over.grid, over.block, 0, stream, p));
-    if (!error) error = static_cast<int>(launch(bn_backward_finish_kernel<T>, finish_grid(p.planes), kFinishBlock, 0, stream, p));
+    if (!error) error = static_cast<int>(launch(bn_backward_finish_kernel<T>, finish_grid(p.planes.channels), kFinishBlock, 0, stream, p));
     if (error) return error;
     if (p.joined) {  // the second pass reads the sum that the first one wrote
       p.g[0] = p.joined;

@@ -5,23 +5,28 @@
 
 namespace fisnet {
 struct BnStatisticsParams {
-  DType dtype;          // of x
-  DType running_dtype;  // of running_mean and running_var
-  Planes planes;        // of x
+  DType dtype;             // of x
+  DType running_dtype;     // of running_mean and running_var
+  Planes planes;           // of x
   double momentum;
   double eps;
-  const void* x;        // [outer, channels, inner]
-  int slabs;            // of partial: ChannelGrid::of(planes, width).slabs
-  void* partial;        // [slabs, 4, channels] accumulation type; scratch
-  void* mean;           // [channels] accumulation type
-  void* rstd;           // [channels] accumulation type
-  void* running_mean;   // [channels] or null; updated in place
-  void* running_var;    // [channels] or null; updated in place
+  const void* x;           // [outer, channels, inner]
+  int slabs;               // of partial: ChannelGrid::of(planes, width).slabs
+  void* partial;           // [slabs, 4, channels] accumulation type; scratch
+  int whole;               // channels of the results: those of x, and the known ones on both sides of them
+  int first;               // where x's channels start in the results
+  const void* known_mean;  // [whole - channels] accumulation type, or null where there are none
+  const void* known_rstd;  // [whole - channels] accumulation type, or null; with the same eps
+  void* mean;              // [whole] accumulation type
+  void* rstd;              // [whole] accumulation type
+  void* running_mean;      // [whole] or null; updated in place
+  void* running_var;       // [whole] or null; updated in place
 
   template <class F> void each(F&& f) {
     f(field("dtype", dtype)); f(field("running_dtype", running_dtype));
     f(field("outer", planes.outer)); f(field("channels", planes.channels)); f(field("inner", planes.inner));
     f(field("momentum", momentum)); f(field("eps", eps)); f(field("x", x)); f(field("slabs", slabs)); f(field("partial", partial));
+    f(field("whole", whole)); f(field("first", first)); f(field("known_mean", known_mean)); f(field("known_rstd", known_rstd));
     f(field("mean", mean)); f(field("rstd", rstd)); f(field("running_mean", running_mean)); f(field("running_var", running_var));
   }
 };

@@ -1,12 +1,11 @@
 #include "dual_phi.h"
 
-#include "../device/divide.cuh"
+#include "../device/dual_phi.cuh"
 #include "../device/maps.cuh"
-#include "../device/phi.cuh"
 
 namespace fisnet {
 namespace {
-// s = a / (a + e) . g;  s+ = a g+ / (z+ + e+), 0 / 0 = 0.
+// s, s+ of DualPhi (device/dual_phi.cuh).
 // A thread owns W elements of every gridDim.y-th sample. Accumulates in float32 (float64 for float64). No shared memory.
 // Deterministic.
 template <typename T, int W>
@@ -22,8 +21,9 @@ __global__ void __launch_bounds__(kMapThreads, 4) dual_phi_kernel(DualPhiParams 
       Raw<T, kWidth> s, s_plus;
       FISNET_UNROLL
       for (int i = 0; i < kWidth; ++i) {
-        s.set(i, phi(gated(a[i], e), e) * g[i]);
-        s_plus.set(i, a[i] * Divisor<A>(denominator(z_plus[i], e_plus))(g_plus[i]));
+        const DualPhi<A> unit(g[i], g_plus[i], a[i], z_plus[i], e, e_plus);
+        s.set(i, unit.s);
+        s_plus.set(i, unit.s_plus);
       }
       put(static_cast<T*>(p.s), j, s);
       put(static_cast<T*>(p.s_plus), j, s_plus);
@@ -31,9 +31,7 @@ __global__ void __launch_bounds__(kMapThreads, 4) dual_phi_kernel(DualPhiParams 
   });
 }
 
-// g_bar = a / (a + e) s_bar;  g+_bar = a u+, u+ = s+_bar / (z+ + e+);  z+_bar = -s+ u+;
-// a_bar = e / (a + e) (s / a) s_bar + (s+ / a) s+_bar, 0 where the unit is dead (the ReLU before it cuts that gradient).
-// The ratios are formed first, so that nothing underflows or overflows on the way.
+// Their adjoint: DualPhiAdjoint.
 // A thread owns W elements of every gridDim.y-th sample. Accumulates in float32 (float64 for float64). No shared memory.
 // Deterministic.
 template <typename T, int W>
@@ -50,13 +48,11 @@ __global__ void __launch_bounds__(kMapThreads, 3) dual_phi_backward_kernel(DualP
       Raw<T, kWidth> g_bar, g_plus_bar, a_bar, z_plus_bar;
       FISNET_UNROLL
       for (int i = 0; i < kWidth; ++i) {
-        const A alive = gated(a[i], e), u_plus = Divisor<A>(denominator(z_plus[i], e_plus))(s_plus_bar[i]);
-        const Divisor<A> over(denominator(alive, e)), over_a(denominator(a[i], A(0)));
-        const A on = a[i] == A(0) ? A(0) : A(1);
-        g_bar.set(i, over(alive) * s_bar[i]);
-        g_plus_bar.set(i, a[i] * u_plus);
-        a_bar.set(i, over(on * e) * over_a(e == A(0) ? A(0) : s[i]) * s_bar[i] + on * over_a(s_plus[i]) * s_plus_bar[i]);
-        z_plus_bar.set(i, -s_plus[i] * u_plus);
+        const DualPhiAdjoint<A> unit(s_bar[i], s_plus_bar[i], a[i], s[i], s_plus[i], z_plus[i], e, e_plus);
+        g_bar.set(i, unit.g_bar);
+        g_plus_bar.set(i, unit.g_plus_bar);
+        a_bar.set(i, unit.a_bar);
+        z_plus_bar.set(i, unit.z_plus_bar);
       }
       put(static_cast<T*>(p.g_bar), j, g_bar);
       put(static_cast<T*>(p.g_plus_bar), j, g_plus_bar);

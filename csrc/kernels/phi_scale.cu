@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kMapThreads, V > 1 ? 3 : 4) phi_scale_kernel(P
 }
 
 // One vector of the adjoint, all K maps, with s_bar + join for s_bar: g_bar = a / (a + e) scale s_bar;  a_bar = sum_k e / (a + e) (s / a) scale s_bar.
-// The ratios are formed first, so that nothing underflows or overflows on the way. Adds <s_bar, s> to `dot` with a scale.
+// Adds <s_bar, s> to `dot` with a scale.
 // The divisions by one activation are made anew for every map: that is cheaper than the registers to keep them.
 // `n` is the sample, `at` its place in the activations, `j` that in the first map.
 template <typename T, int W, bool kScaled, bool kOneMap>
@@ -85,10 +85,9 @@ __device__ __forceinline__ void phi_scale_adjoint(const PhiScaleBackwardParams& 
     for (int i = 0; i < W; ++i) {
       const A given = s_bar[i] + join[i];
       if constexpr (kScaled) dot[i] += given * s[i];
-      const A alive = gated(a[i], e), bar = kScaled ? scale[i] * given : given;
-      const Divisor<A> over(denominator(alive, e));
-      g_bar.set(i, over(alive) * bar);
-      a_bar[i] += over(alive == A(0) ? A(0) : e) * Divisor<A>(denominator(alive, A(0)))(s[i]) * bar;  // dead: nothing
+      const PhiAdjoint<A> adjoint(a[i], e, s[i], kScaled ? scale[i] * given : given);
+      g_bar.set(i, adjoint.g_bar);
+      a_bar[i] += adjoint.a_bar;
     }
     j += p.shape.size;
     if (k + 1 < maps) {

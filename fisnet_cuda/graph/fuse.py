@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from . import fuse_linear
+from .fuse_dual import dual_fprop, dual_transposed, dual_transposed_phi, hand_over, spare_weight
+from .fuse_forward import linear_act, linear_bn, map_settings
 from .ir import Instr, Slot, slots_in
 from .kinds.add import check_shapes
 
@@ -23,6 +26,7 @@ class _Program:
 
     instrs: list[Instr | None]
     protected: frozenset[int]  # read by the caller
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         self.maker: dict[int, int] = {}
@@ -57,17 +61,20 @@ class _Program:
         self._index(position, instr)
 
 
-def fuse(forward: tuple[Instr, ...], relevance: tuple[Instr, ...], protected: frozenset[int]) -> tuple[tuple, tuple]:
+def fuse(
+    forward: tuple[Instr, ...], relevance: tuple[Instr, ...], protected: frozenset[int], backend: str = "auto"
+) -> tuple[tuple, tuple]:
     """Apply every pattern to a program.
 
     Args:
         forward, relevance: the instructions as lowered.
         protected: slots that callers read.
+        backend: for instructions that have none of their own.
 
     Returns:
         The two lists, fused.
     """
-    program = _Program([*forward, *relevance], protected)
+    program = _Program([*forward, *relevance], protected, backend)
     for pattern in PATTERNS:
         for position in range(len(program.instrs)):
             if program.instrs[position] is not None:
@@ -118,8 +125,8 @@ def _linear_relu(p: _Program, position: int) -> None:
     at = p.made_by(relu.operands[0], "conv", "linear", "add")
     if at is not None and p.only_reader(relu.operands[0].index, position):
         first = p.instrs[at]
-        fn = _add_relu if first.op == "add" else _fprop_relu
-        p.replace(position, replace(first, op=f"{first.op}_relu", fn=fn, outs=relu.outs), at)
+        runs = {"fn": _add_relu} if first.op == "add" else map_settings(p)
+        p.replace(position, replace(first, op=f"{first.op}_relu", outs=relu.outs, **runs), at)
 
 
 def _phi_bn(p: _Program, position: int) -> None:
@@ -244,11 +251,17 @@ PATTERNS: tuple[Callable[[_Program, int], None], ...] = (
     _pool_phi,
     _pooled_phi,
     _pooled_dual_phi,
+    # behind all that look for a transposed product's phi, a ReLU or a BatchNorm
+    dual_fprop,
+    dual_transposed_phi,
+    dual_transposed,
+    hand_over,
+    spare_weight,
+    fuse_linear.transposed_phi,
+    fuse_linear.transposed_add,
+    linear_act,
+    linear_bn,
 )
-
-
-def _fprop_relu(x: Tensor, W: Tensor, bias: Tensor | None, geometry: ops.Geometry) -> Tensor:
-    return torch.relu_(ops.fprop(x, W, bias, geometry))
 
 
 def _add_relu(x: Tensor, y: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import UnsupportedModelError
 from ..ops import rules as rule_ops
+from ..ops.layout import memory_format
 from ..rules import Epsilon, Rule, RuleMap, ZPlus
 from .ir import Graph, Instr, Node, Ref, Slot
 
@@ -135,6 +136,10 @@ class Builder:
     def shape(self, index: int) -> Slot:
         """Slot of the value's shape without the batch axis."""
         return self.once(("shape", index), lambda: self._shape(index, _sample_shape, "shape"))
+
+    def layout(self, index: int) -> Slot:
+        """Slot of the value's memory format."""
+        return self.once(("layout", index), lambda: self._shape(index, memory_format, "shape"))
 
     def _shape(self, index: int, fn: Callable, op: str) -> Slot:
         slot = self.slot()

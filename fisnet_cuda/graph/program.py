@@ -129,7 +129,7 @@ class Program:
         outputs = {lowered.logits, *lowered.heatmaps.values()}
         outputs |= {slot for streams in lowered.hidden.values() for slot in streams.values()}
         outputs |= {slot for _, _, out, handed in lowered.taps for slot in (out, *handed)}
-        forward, relevance = fuse(lowered.forward, lowered.relevance, frozenset(outputs))
+        forward, relevance = fuse(lowered.forward, lowered.relevance, frozenset(outputs), backend)
         forward, relevance, slots = fan_out(forward, relevance, outputs, lowered.slots)
         self.lowered = replace(lowered, forward=forward, relevance=relevance)  # slots behind lowered.slots: aliases, parameters
         self._owners, slot_of = _param_slots((*forward, *relevance), slots)

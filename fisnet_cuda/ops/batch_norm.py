@@ -21,6 +21,7 @@ def bn_act(
     relu: bool = False,
     *,
     copies: int = 1,
+    known: tuple[Tensor, int, Tensor, Tensor] | None = None,  # [N, part of C, ...], its first channel, [rest of C], [rest of C]
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:  # ([N, C, ...], [C], [C], *[N, C, ...])
     """``y = [relu](bn(x) [+ skip])``, and the statistics that the forward really used.
@@ -35,6 +36,9 @@ def bn_act(
         relu: whether a ReLU follows.
         copies: how many consumers y will have; each may get an output of its own (on a GPU one kernel then joins their
             gradients in the backward; elsewhere it is the same tensor).
+        known: ``(part, first, mean, rstd)`` in train mode: ``part`` is ``x[:, first : first + part.shape[1]]``, and the other
+            channels have the batch statistics ``mean`` and ``rstd`` (with this ``eps``), as another BatchNorm returned them
+            that has normalised the same channels. Then a kernel measures ``part`` alone. No gradients.
         backend: "auto", "reference" or "cuda".
 
     Returns:
@@ -43,7 +47,7 @@ def bn_act(
 
     Raises:
         ValueError: one value a channel in training mode, where a variance does not exist; a skip of another shape; fewer
-            than one copy.
+            than one copy; a part and known statistics that are not the channels of x.
 
     Example:
         >>> import torch
@@ -57,8 +61,12 @@ def bn_act(
         raise ValueError(f"skip must have the shape of x, {tuple(x.shape)}, got {tuple(skip.shape)}: bring both to one shape first")
     if copies < 1:
         raise ValueError(f"copies must be at least 1 (the result itself), got {copies}")
+    if known is not None and known[0].shape[1] + known[2].shape[0] != x.shape[1]:
+        raise ValueError(
+            f"known must have the {x.shape[1]} channels of x, got a part with {known[0].shape[1]} and statistics of {known[2].shape[0]}"
+        )
     return kernel("bn_act", backend, x)(
-        x, weight, bias, running_mean, running_var, training, momentum, eps, skip, relu, copies
+        x, weight, bias, running_mean, running_var, training, momentum, eps, skip, relu, copies, known
     )
 
 
@@ -76,6 +84,7 @@ def tracked_bn_act(
     relu: bool = False,
     *,
     copies: int = 1,
+    known: tuple[Tensor, int, Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:  # ([N, C, ...], [C], [C], *[N, C, ...])
     """`bn_act` with the bookkeeping of ``torch.nn.BatchNorm2d``: the batch counter, and which statistics are used.
@@ -84,7 +93,7 @@ def tracked_bn_act(
         counter: ``num_batches_tracked``, incremented in train mode; None without running statistics.
         training: the module's flag; without running statistics the batch's own are used in either mode.
         momentum: None is the cumulative average (which reads the counter on the host, as PyTorch does).
-        x, weight, bias, running_mean, running_var, eps, skip, relu, copies, backend: as in `bn_act`.
+        x, weight, bias, running_mean, running_var, eps, skip, relu, copies, known, backend: as in `bn_act`.
 
     Returns:
         As `bn_act`.
@@ -103,7 +112,7 @@ def tracked_bn_act(
     batch_statistics = bool(training or running_mean is None)
     return bn_act(
         x, weight, bias, running_mean, running_var, batch_statistics, 0.0 if momentum is None else momentum, eps, skip, relu,
-        copies=copies, backend=backend,
+        copies=copies, known=known, backend=backend,
     )  # fmt: skip
 
 

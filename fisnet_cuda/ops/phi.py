@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -13,10 +15,22 @@ from .._backend import kernel
 # that small networks (and CUDA launches) would wait for.
 
 
+def gathered(bars: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a result's consumers as two summands, ``(s_bar, join)``; None for what nobody gave."""
+    given = [bar for bar in bars if bar is not None]
+    if len(given) > 2:
+        given = [given[0], sum(given[2:], given[1])]
+    return given[0] if given else None, given[1] if len(given) > 1 else None
+
+
 class _PhiScale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, g, a, eps, skip, scale, rest, copies, backend):
+    def forward(ctx, g, a, eps, skip, scale, rest, copies, handed_over, backend):
         out, s = kernel("phi_scale", backend, g)(g, a, eps, skip, scale, rest)
+        ctx.handed_over = handed_over
+        if handed_over:
+            ctx.has_skip = skip is not None
+            return out
         relative = isinstance(eps, Tensor)
         ctx.save_for_backward(s, a, scale, eps if relative else None)
         ctx.eps = None if relative else eps
@@ -27,19 +41,18 @@ class _PhiScale(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *s_bars):
+        if ctx.handed_over:
+            return s_bars[0], None, None, s_bars[0] if ctx.has_skip else None, *[None] * 5
         s, a, scale, eps = ctx.saved_tensors
-        given = [s_bar for s_bar in s_bars if s_bar is not None]
-        if not given:
-            return (None,) * 8
-        s_bar, join = given[0], None
-        if len(given) > 1:
-            join = given[1] if len(given) == 2 else sum(given[2:], given[1])
+        s_bar, join = gathered(s_bars)
+        if s_bar is None:
+            return (None,) * 9
         if ctx.has_rest and join is not None:  # rest's gradient is the whole of it
             s_bar, join = s_bar + join, None
         g_bar, a_bar, scale_bar = kernel("phi_scale_backward", ctx.backend, s)(
             s_bar, s, a, ctx.eps if eps is None else eps, scale, ctx.needs_input_grad[1], ctx.needs_input_grad[4], join
         )
-        return g_bar, a_bar, None, g_bar if ctx.has_skip else None, scale_bar, s_bar if ctx.has_rest else None, None, None
+        return g_bar, a_bar, None, g_bar if ctx.has_skip else None, scale_bar, s_bar if ctx.has_rest else None, *[None] * 3
 
 
 def phi_scale(
@@ -51,6 +64,7 @@ def phi_scale(
     rest: Tensor | None = None,  # [N*K, C, ...]
     *,
     copies: int = 1,
+    handed_over: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:  # [N*K, C, ...]
     """LRP-epsilon through a ReLU in gradient form: ``s = phi(a) . (g + skip)``, ``phi(a) = a / (a + e)``.
@@ -71,6 +85,8 @@ def phi_scale(
             gradient.
         copies: how many consumers the result will have; each may get an output of its own (on a GPU one kernel then joins
             their gradients in the backward; elsewhere it is the same tensor).
+        handed_over: for programs: the one reader of the result takes the adjoint of this phi (`transposed_phi` with
+            ``source``). What comes back is taken as the gradient of ``g + skip``, and ``a`` gets none.
         backend: "auto", "reference" or "cuda".
 
     Returns:
@@ -78,7 +94,8 @@ def phi_scale(
         the same memory: do not change it in place.
 
     Raises:
-        ValueError: ``g`` is not ``[N*K, ...]`` over the shape of ``a``; fewer than one copy.
+        ValueError: ``g`` is not ``[N*K, ...]`` over the shape of ``a``; fewer than one copy; ``handed_over`` with ``scale`` or
+            copies.
 
     Example:
         >>> import torch
@@ -91,11 +108,13 @@ def phi_scale(
         raise ValueError("rest is added behind scale: pass scale too, or add it yourself")
     if copies < 1:
         raise ValueError(f"copies must be at least 1 (the result itself), got {copies}")
+    if handed_over and (scale is not None or copies != 1):
+        raise ValueError("handed_over is for a result with one reader and without scale: pass scale=None, copies=1")
     run = kernel("phi_scale", backend, g)
     if torch.is_grad_enabled() and run is not reference.phi_scale:
-        return _PhiScale.apply(g, a, eps, skip, scale, rest, copies, backend)
+        return _PhiScale.apply(g, a, eps, skip, scale, rest, copies, handed_over, backend)
     if torch.is_grad_enabled():
-        out = _PhiScale.apply(g, a, eps, skip, scale, rest, 1, backend)
+        out = _PhiScale.apply(g, a, eps, skip, scale, rest, 1, handed_over, backend)
     else:
         out = run(g, a, eps, skip, scale, rest, keep_s=False)[0]
     return out if copies == 1 else (out,) * copies  # autograd adds the gradients as cheaply

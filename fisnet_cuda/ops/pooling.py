@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .._backend import kernel
 from ..reference.head import spread
+from .layout import memory_format
 from .phi import as_epsilon
 
 
@@ -175,7 +176,7 @@ def avg_pool_transposed(g: Tensor, spatial: int, adaptive: bool, settings: tuple
         settings2 = ((1, _one(settings[0])),) if adaptive else _as_2d(settings)
         return avg_pool_transposed(g.unsqueeze(2), 2, adaptive, settings2, (1, *in_size)).squeeze(2)
     aten = torch.ops.aten
-    like = g.new_empty(1).expand(*g.shape[:2], *in_size)  # only its shape matters
+    like = _like(g, (*g.shape[:2], *in_size))
     if adaptive:
         op = aten._adaptive_avg_pool2d_backward if spatial == 2 else aten._adaptive_avg_pool3d_backward
         return op(g, like)
@@ -183,6 +184,14 @@ def avg_pool_transposed(g: Tensor, spatial: int, adaptive: bool, settings: tuple
     kernel_size, stride, padding, ceil_mode, count_include_pad, divisor = settings
     sizes = [_tuple(v, spatial) for v in (kernel_size, kernel_size if stride is None else stride, padding)]
     return op(g, like, *sizes, ceil_mode, count_include_pad, divisor)
+
+
+def _like(g: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What PyTorch's backward ops take for the pool's input: its shape and its layout, that of ``g``; nobody reads its values."""
+    layout = memory_format(g)
+    if layout == torch.contiguous_format:
+        return g.new_empty(1).expand(shape)
+    return torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=layout)
 
 
 def _as_2d(settings: tuple) -> tuple:

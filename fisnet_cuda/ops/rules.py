@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._backend import kernel
+from .._backend import has_kernel, kernel
 from ..reference import Geometry
-from .linear_maps import fprop, positive_part, transposed
+from .library import constant_bn
+from .linear_maps import fprop, positive_part
+from .linear_phi import transposed
 from .phi import stabilised_ratio, times
 
 
@@ -117,13 +119,14 @@ def plus_transposed(
     return by_sign(a, up, down)
 
 
-def plus_denominator(P: Tensor, factor: Tensor | None, shift: Tensor | None) -> Tensor:
-    """``z+ = |scale| P + max(b~, 0)`` for the product ``P`` with weights already signed by ``scale``; ``[N, C, ...]``.
+def plus_denominator(P: Tensor, factor: Tensor | None, shift: Tensor | None, *, backend: str = "auto") -> Tensor:
+    """``z+ = |scale| P + max(b~, 0)`` for the product ``P`` with weights already signed by ``scale``; as ``P``, ``[N, C, ...]``.
 
     Args:
         P: ``[N, C, ...]``. Gets a gradient.
         factor: ``|scale| [C]``, or None. Gets a gradient.
         shift: ``b~ [C]``, or None. Gets a gradient.
+        backend: "auto", "reference" or "cuda".
 
     Example:
         >>> import torch
@@ -132,8 +135,10 @@ def plus_denominator(P: Tensor, factor: Tensor | None, shift: Tensor | None) -> 
     """
     shape = (-1, *[1] * (P.dim() - 2))
     if factor is None:
-        return P if shift is None else P + torch.relu(shift).view(shape)
-    return torch.addcmul(torch.relu(shift).view(shape), P, factor.view(shape))
+        return P if shift is None else P + torch.relu(shift).view(shape).to(P.dtype)
+    if has_kernel("bn_act", backend, P):  # one pass here, and one for all three gradients
+        return constant_bn(P, factor, torch.relu(shift), None, False, backend)
+    return torch.addcmul(torch.relu(shift).view(shape), P, factor.view(shape)).to(P.dtype)
 
 
 def plus_linear_denominator(P: Tensor, bias: Tensor | None) -> Tensor:

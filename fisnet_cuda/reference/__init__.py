@@ -43,6 +43,17 @@ from .head import (
 )
 from .heatmap_loss import gwrp, gwrp_terms, heatmap_loss, resize_mask
 from .linear_maps import Geometry, conv_geometry, dgrad, fprop, linear_geometry, weight_dominates, wgrad
+from .linear_phi import (
+    dual_fprop,
+    dual_fprop_adjoint,
+    dual_transposed_phi,
+    dual_transposed_sum,
+    folded,
+    folded_plus,
+    fprop_adjoint,
+    linear_act,
+    transposed_phi,
+)
 from .phi import (
     dual_phi,
     dual_phi_backward,
@@ -69,14 +80,22 @@ __all__ = [
     "bn_act_backward",
     "conv_geometry",
     "dgrad",
+    "dual_fprop",
+    "dual_fprop_adjoint",
     "dual_phi",
     "dual_phi_backward",
+    "dual_transposed_phi",
+    "dual_transposed_sum",
     "eta_start",
     "eta_start_backward",
+    "folded",
+    "folded_plus",
     "fprop",
+    "fprop_adjoint",
     "gwrp",
     "gwrp_terms",
     "heatmap_loss",
+    "linear_act",
     "linear_geometry",
     "max_pool",
     "max_pool_gather",
@@ -99,6 +118,7 @@ __all__ = [
     "relative_epsilon",
     "resize_mask",
     "stabilise",
+    "transposed_phi",
     "weight_dominates",
     "wgrad",
     "zb",

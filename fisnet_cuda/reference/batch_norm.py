@@ -20,12 +20,14 @@ def bn_act(
     skip: Tensor | None = None,  # [N, C, ...]
     relu: bool = False,
     copies: int = 1,
+    known: tuple[Tensor, int, Tensor, Tensor] | None = None,  # [N, part of C, ...], its first channel, [rest of C], [rest of C]
 ) -> tuple[Tensor, ...]:  # ([N, C, ...], [C], [C], *[N, C, ...])
     """``y = [relu](bn(x) [+ skip])`` with PyTorch's own primitives; returns ``(y, mean, rstd)`` as the forward used them.
 
     ``training`` normalises with the batch's statistics (and updates the running ones in place). ``mean`` and
     ``rstd = 1/sqrt(var + eps)`` (biased variance) are detached. ``copies - 1`` times y again follow: here the same tensor,
-    whose gradients autograd adds up; a kernel gives every consumer an output of its own.
+    whose gradients autograd adds up; a kernel gives every consumer an output of its own. ``known`` spares a kernel the
+    statistics of channels that another BatchNorm has read before; here they come with ``y``.
     """
     if x.numel():
         y, mean, rstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)

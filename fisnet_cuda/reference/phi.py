@@ -64,6 +64,11 @@ def stabilise(z: Tensor, eps: Epsilon, nonneg: bool = False) -> Tensor:
     return torch.where(den == 0, 1.0, den)
 
 
+def _divide(x: Tensor, den: Tensor) -> Tensor:
+    """``x / den``, in the memory of ``den`` where the result fits."""
+    return torch.div(x, den, out=reuse(den) if den.shape == x.shape and den.dtype == x.dtype else None)
+
+
 def ratio(R: Tensor, z: Tensor, eps: Epsilon, nonneg: bool = False) -> tuple[Tensor, Tensor]:
     """``s = R / (z + e sign z)`` over K maps; returns ``(s, denominator)``: ``([N*K, ...], [N, ...])``."""
     den = stabilise(z, eps, nonneg)
@@ -150,11 +155,11 @@ def phi_scale_backward(
         g_bar, a_bar = s_bar_k * (a_k > 0), None
     else:
         e = per_sample_eps(eps, s, a)
-        u = s_bar_k / (a_k + e)
+        u = _divide(s_bar_k, a_k + e)
         g_bar, a_bar = u * a_k, None
         if need_a:
             s_k = s.view(s_bar_k.shape) if s.shape != s_bar_k.shape else s
-            ratio = s_k / a_k.clamp_min(torch.finfo(a.dtype).tiny)
+            ratio = _divide(s_k, a_k.clamp_min(torch.finfo(a.dtype).tiny))
             a_bar = sum_over_maps(ratio.mul_(u).mul_(e), a)
     return fold_maps(g_bar, a), a_bar, scale_bar
 

@@ -110,6 +110,11 @@ def test_conversions_round_to_nearest(unit):
     tf32 = ((bits + 0x1000) & 0xFFFFE000).astype(np.uint32).view(np.float32)
     assert np.array_equal(y.T, [bf16, x.astype(np.float16).astype(np.float32), bf16, tf32])
 
+    odd = np.array([0x7F800001, 0xFF801FFF, 0x7FC00000, 0x7F800000, 0xFF800000, 0x7F7FFFFF], np.uint32)  # NaN, infinities, the largest
+    rounded = unit("conversions", odd.view(np.float32), np.empty((6, 4), np.float32), threads=6)[:, 3]
+    assert np.array_equal(rounded, np.array([np.nan] * 3 + [np.inf, -np.inf, np.inf], np.float32), equal_nan=True)
+    assert not (rounded.view(np.uint32) & 0x1FFF).any()
+
 
 @pytest.mark.parametrize(
     ("grid", "block"), [((3, 2, 2), (8, 4, 2)), ((1, 1, 1), (1024, 1, 1)), ((2, 3, 1), (4, 16, 16)), ((1, 2, 5), (5, 1, 3))]
@@ -190,6 +195,34 @@ def test_tensor_core_products(unit, schedule, name):
     assert np.array_equal(y, a @ b)
 
 
+@pytest.mark.parametrize("name", ["bf16", "f16", "tf32"])
+def test_several_products_at_once(unit, counts, schedule, name):
+    """A main loop in small: ldmatrix, loads of 4 bytes and 2 x 3 products. Rows of 48 bytes: no conflicts."""
+    depth = 8 if name == "tf32" else 16
+    a, b = RNG.integers(-8, 9, (32, depth)).astype(np.float32), RNG.integers(-8, 9, (depth, 24)).astype(np.float32)
+    x = np.concatenate([a.ravel(), b.T.ravel()])
+    x = {"bf16": bf16, "f16": lambda v: v.astype(np.float16), "tf32": lambda v: v}[name](x)
+    y = unit(f"tiles_{name}", x, np.empty((32, 24), np.float32), shared=8192, schedule=schedule)
+    assert np.array_equal(y, a @ b)
+    seen = counts()
+    assert (seen["mma"], seen["ldmatrix"], seen["smem_loads"]) == (6, 2, 6)
+    assert (seen["ldmatrix_conflicts"], seen["smem_load_conflicts"]) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16"])
+def test_special_values_of_half_types(unit, name):
+    """Subnormal numbers, infinity and NaN go into products as what they are."""
+    x = np.zeros(384, np.uint16)
+    one, infinity, nan = {"bf16": (0x3F80, 0x7F80, 0x7FC1), "f16": (0x3C00, 0x7C00, 0x7E01)}[name]
+    x[[0, 16, 32, 48]] = 1, infinity, infinity | 0x8000, nan
+    x[256] = one  # b[0, 0]
+    y = unit(f"product_{name}", x, np.empty((16, 8), np.float32), n=8, shared=4096)[:4, 0]
+    assert y[0] == {"bf16": np.float32(2.0**-133), "f16": np.float32(2.0**-24)}[name]
+    assert y[1] == np.inf
+    assert y[2] == -np.inf
+    assert np.isnan(y[3])
+
+
 @pytest.mark.parametrize(("padding", "conflicts"), [(0, 4), (8, 0)])
 def test_bank_conflicts_are_counted(unit, padding, conflicts):
     """Rows of 16 halves: the 8 rows of a matrix start at every second 16-byte column, so two rows share each; 4 matrices."""
@@ -201,6 +234,94 @@ def test_bank_conflicts_are_counted(unit, padding, conflicts):
     assert stats["mma"] == 1
     assert stats["cp_async"] == 48
     assert stats["ldmatrix_conflicts"] == conflicts
+
+
+QUARTER = LANES % 8
+ROWS = LANES // 8
+# Where a warp's lanes are, in words of 4 bytes, and how often the warp waits.
+WORDS = {
+    "one after another": (LANES, 0), "reversed": (31 - LANES, 0), "one word": (0 * LANES, 0),
+    "two words of a bank": (LANES % 2 * 32, 1), "stride 2": (2 * LANES, 1), "stride 4": (4 * LANES, 3),
+    "stride 8": (8 * LANES, 7), "stride 32": (32 * LANES, 31),
+    "stride 33": (33 * LANES, 0), "stride 3": (3 * LANES, 0),
+    # the second operand of a product: 8 columns, in each 4 pairs of 2-byte elements
+    "columns 16 words apart": (LANES // 4 * 16 + LANES % 4, 3), "columns 20 words apart": (LANES // 4 * 20 + LANES % 4, 0),
+    "columns 16 words apart, swizzled": (LANES // 4 * 16 + (LANES % 4 + 4 * (LANES // 8 % 4)) % 16, 0),
+}  # fmt: skip
+# The same in vectors of 16 bytes, of which the warp's four quarters are served one after another.
+VECTORS = {
+    "one after another": (LANES, 0), "one vector": (0 * LANES, 0), "rows of 8, one quarter each": (8 * QUARTER + ROWS, 4 * 7),
+    "stride 2": (2 * LANES, 4), "stride 4": (4 * LANES, 4 * 3), "stride 5": (5 * LANES, 0),
+    "swizzled": (8 * QUARTER + (ROWS ^ QUARTER), 0), "one quarter clashes": (np.where(ROWS == 2, 8 * QUARTER, LANES), 7),
+    "two lanes clash": (np.where(LANES == 9, 16, LANES), 1), "quarters alike": (QUARTER, 0),
+}  # fmt: skip
+
+
+@pytest.fixture
+def counts():
+    """What has been counted since the test began."""
+    module = numpy_module("emulator_units")
+    module.stats()
+    return module.stats
+
+
+@pytest.mark.parametrize("pattern", WORDS)
+def test_loads_of_4_bytes(unit, counts, schedule, pattern):
+    words, conflicts = WORDS[pattern]
+    y = unit("words_4", words.astype(np.int32), np.empty(32, np.uint32), n=1024, shared=4096 + 128, schedule=schedule)
+    assert np.array_equal(y, words)
+    assert {k: v for k, v in counts().items() if "smem" in k} == loads(1, conflicts)
+
+
+@pytest.mark.parametrize("pattern", VECTORS)
+def test_loads_of_16_bytes(unit, counts, schedule, pattern):
+    vectors, conflicts = VECTORS[pattern]
+    y = unit("words_16", vectors.astype(np.int32), np.empty((32, 4), np.uint32), n=256, shared=4096, schedule=schedule)
+    assert np.array_equal(y, 4 * vectors[:, None] + np.arange(4))
+    assert {k: v for k, v in counts().items() if "smem" in k} == loads(1, conflicts)
+
+
+def loads(number, conflicts):
+    return {"smem_loads": number, "smem_load_conflicts": conflicts, "smem_stores": 0, "smem_store_conflicts": 0}
+
+
+@pytest.mark.parametrize("pattern", [name for name, (vectors, _) in VECTORS.items() if len(set(vectors)) == 32])
+def test_stores_of_16_bytes(unit, counts, schedule, pattern):
+    vectors, conflicts = VECTORS[pattern]
+    y = unit("stores_16", vectors.astype(np.int32), np.empty((32, 4), np.uint32), shared=4096, schedule=schedule)
+    assert np.array_equal(y, np.arange(128).reshape(32, 4))
+    seen = counts()
+    assert (seen["smem_stores"], seen["smem_store_conflicts"], seen["smem_loads"]) == (1, conflicts, 0)
+
+
+def copied(counts):
+    seen = counts()
+    return tuple(seen[name] for name in ("cp_async", "cp_async_conflicts", "cp_async_uncounted"))
+
+
+@pytest.mark.parametrize("pattern", [name for name, (vectors, _) in VECTORS.items() if len(set(vectors)) == 32])
+def test_conflicts_of_asynchronous_copies(unit, counts, schedule, pattern):
+    """The n-th copies of a warp's lanes are one access, whatever order the threads ran in; copies of zeros write too."""
+    vectors, conflicts = VECTORS[pattern]
+    warps = np.concatenate([vectors, vectors + 256, 512 + LANES])
+    x = np.concatenate([warps, warps + 768, warps + 1536]).astype(np.int32)
+    unit("copies", x, np.empty(96, np.int32), threads=96, n=3, shared=16 * 2304, schedule=schedule)
+    assert copied(counts) == (288, 6 * conflicts, 0)
+
+
+def test_copies_of_some_lanes(unit, counts, schedule):
+    """Lanes that copy nothing between two commits take no part. Where lanes disagree, copies are not counted, and that is told."""
+
+    def run(*copies):
+        x = np.array(copies, np.int32)
+        unit("copies", x, np.empty(32, np.int32), n=len(copies), shared=16 * 1024, schedule=schedule)
+        return copied(counts)
+
+    far = 8 * LANES
+    assert run(np.where(LANES % 2, far, -1)) == (16, 4 * 3, 0)
+    assert run(far, np.where(LANES < 8, far + 256, -1)) == (40, 5 * 7, 0)
+    assert run(far, np.where(LANES < 3, far + 256, -1)) == (35, 3 * 7, 11)  # the first quarter is not counted
+    assert run(far, far + 256, np.where(LANES < 3, far + 512, -1)) == (67, 8 * 7 + 2, 0)  # a group of their own
 
 
 def test_symbolize_leaves_other_text_alone():

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from emulator import KernelError, configure, emulated
+from emulator import KernelError, configure, emulated, reset_stats, stats
 
 from fisnet_cuda import ops
 
@@ -26,6 +26,19 @@ def test_error_crosses_dispatcher_and_autograd():
         configure()
         loss.backward()
         phi_scale().backward()
+
+
+def test_counts_arrive_from_operators():
+    with emulated():
+        reset_stats()
+        phi_scale().backward()
+        counts = stats()
+    assert counts["blocks"] > 0
+    assert counts["threads"] % counts["blocks"] == 0
+    assert counts["barriers"] > 0
+    assert {counts[name] for name in counts if "conflicts" in name} == {0}
+    reset_stats()
+    assert set(stats().values()) == {0}
 
 
 def test_error_leaves_emulated_with_source_lines(unit):

@@ -1,5 +1,7 @@
 """Run every kernel once at small odd sizes, in every dtype and layout: what compute-sanitizer looks at.
 
+Products of linear maps also at channels that fill vectors of 16 bytes, with every tile shape: odd ones never see cp.async.
+
 ``compute-sanitizer --tool memcheck python tests/gpu/sanitize.py``; no pytest and no reference, which would only add to what the
 tool has to watch.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -22,8 +25,8 @@ def run(device: str) -> tuple[int, list[str]]:
     """All cases; returns how many ran, and those that did not."""
     seen, refused = set(), []
     for case in all_cases():
-        for layout in LAYOUTS:
-            small = shrink(case)
+        for layout, odd in product(LAYOUTS, (True, False) if case.flops else (True,)):
+            small = shrink(case, odd)
             small = replace(small, sizes=replace(small.sizes, layout=layout))
             for dtype in DTYPES:
                 key = (case.kernel, case.make, small.sizes, dtype)
@@ -38,13 +41,14 @@ def run(device: str) -> tuple[int, list[str]]:
 
 
 def once(contest: Contest) -> None:
-    """Run a case's kernel and read its results."""
+    """Run a case's kernel, with every tile shape where it has several, and read its results."""
     args, kwargs = contest.operands()
-    with grad_where_asked(args):
-        made = results(contest.kernel(*args, **kwargs))
-    for t in made:
-        if t is not None:
-            t.cpu()
+    for kernel in contest.shapes(args, kwargs).values() or [contest.kernel]:
+        with grad_where_asked(args):
+            made = results(kernel(*args, **kwargs))
+        for t in made:
+            if t is not None:
+                t.cpu()
 
 
 if __name__ == "__main__":

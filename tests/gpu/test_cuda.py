@@ -204,6 +204,30 @@ def test_the_wheel_runs_beside_torchs_own_cudart(cuda, tmp_path):
     assert "libcudart" not in needed.stdout
 
 
+FIRST_LAUNCH = """
+import torch
+from torch.nn.functional import conv2d
+from fisnet_cuda import dispatch
+from fisnet_cuda.reference import conv_geometry
+torch.manual_seed(0)
+sizes = (2, 64, 20, 20), (64, 64, 3, 3)
+x, W = (torch.randn(size, device="cuda").bfloat16().to(memory_format=torch.channels_last) for size in sizes)
+W, graph = W / 24, torch.cuda.CUDAGraph()
+want = conv2d(x, W, padding=1).relu()
+with dispatch.forced("linear_act=fused/128x64"), torch.cuda.graph(graph):
+    (y,) = dispatch.run("linear_act", "cuda", x, W, conv_geometry(2, 1, 1, 1, 1), relu=True)
+graph.replay()
+torch.testing.assert_close(y, want, rtol=2e-2, atol=2e-2)
+"""
+
+
+@gpu
+def test_a_kernels_first_launch_may_be_captured(cuda):
+    """Loading it and asking for more than 48 KB then happen inside the capture."""
+    done = subprocess.run([sys.executable, "-c", FIRST_LAUNCH], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @gpu
 def test_every_kernel_is_built_for_this_gpu(cuda):
     """Attributes of every registered kernel can be read, so each has code that runs here; none uses local memory."""

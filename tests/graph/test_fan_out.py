@@ -49,7 +49,16 @@ def copies(instr):
     return dict(instr.options).get("copies", 1)
 
 
+def aliases(instr):
+    """The slots behind an instruction's own results."""
+    return instr.outs[len(instr.outs) - copies(instr) + 1 :]
+
+
 # ---- the pass ------------------------------------------------------------------------------------------------------------
+
+
+def handed_over(instr):
+    return dict(instr.options).get("handed_over", False)
 
 
 def made(outs=(1, 2, 3), **kw):
@@ -109,36 +118,35 @@ def test_every_alias_has_one_reader(variant):
         made = producers(found)
         assert any(copies(i) > 1 for i in made)
         for instr in made:
-            aliases = instr.outs[3:]
-            assert len(aliases) == copies(instr) - 1 < JOINS["bn_act"]
-            assert all(readers.count(slot) == 1 for slot in aliases)
+            assert len(aliases(instr)) == copies(instr) - 1 < JOINS["bn_act"]
+            assert all(readers.count(slot) == 1 for slot in aliases(instr))
             if copies(instr) < JOINS["bn_act"]:
                 seen = [i for i in instructions(found) if instr.outs[0] in slots_in(i.operands) and i.op not in ("size", "shape")]
-                assert len(seen) <= 1
+                assert sum(not handed_over(i) for i in seen) <= 1
 
 
 def test_aliases_of_a_block():
     """The block's first ReLU: next convolution, skip and relevance; its second: pool and relevance."""
     first, second = producers(net())
-    assert (first.op, copies(first)) == ("bn_relu", 3)
-    assert (second.op, copies(second)) == ("bn_add_relu", 2)
+    assert (first.op, copies(first)) == ("conv_bn_relu", 3)
+    assert (second.op, copies(second)) == ("conv_bn_add_relu", 2)
 
 
 def test_aliases_of_relevance():
-    """What the block's last ReLU hands on goes through its convolutions and past them: two readers of one ``s``."""
+    """What the block's last ReLU hands on goes through the block and past it: two readers of one ``s``."""
     ops = [
         ("stem", nn.Conv2d(3, 4, 3), "x"),
         ("relu0", nn.ReLU(), "stem"),
-        ("conv", nn.Conv2d(4, 4, 3, 1, 1), "relu0"),
-        ("add", "add", ("conv", "relu0")),
+        ("pool", nn.AvgPool2d(3, 1, 1), "relu0"),
+        ("add", "add", ("pool", "relu0")),
         ("relu1", nn.ReLU(), "add"),
         ("conv1", nn.Conv2d(4, 4, 3), "relu1"),
         ("relu2", nn.ReLU(), "conv1"),
         ("flat", "flatten", "relu2"),
         ("head", nn.Linear(4 * 25, 3), "flat"),
     ]
-    found = [i for i in instructions(net(ops)) if i.kernel == "phi_scale" and copies(i) > 1]
-    assert [(i.layer, len(i.outs)) for i in found] == [("relu1", 2)]
+    found = [i for i in instructions(net(ops)) if i.kernel in ("phi_scale", "transposed_phi") and copies(i) > 1]
+    assert [(i.layer, i.op, len(i.outs)) for i in found] == [("conv1", "conv^T_phi", 2)]
 
 
 def test_supervised_layers_and_logits_keep_their_slots():
@@ -166,7 +174,8 @@ class Recorder:
 
 
 def test_memory_lives_as_long_as_before(monkeypatch):
-    """The same storages are alive after every instruction, with aliases and without."""
+    """The same storages are alive after every instruction, with aliases and without; but for an activation whose phi's
+    adjoint is handed over, which is there for one instruction more."""
 
     def counts(found):
         recorder = Recorder(monkeypatch)
@@ -177,7 +186,9 @@ def test_memory_lives_as_long_as_before(monkeypatch):
 
     with_aliases = counts(net(check="never"))
     monkeypatch.setattr(program, "fan_out", lambda forward, relevance, protected, slots: (forward, relevance, slots))
-    assert counts(net(check="never")) == with_aliases
+    without = counts(net(check="never"))
+    assert max(with_aliases) == max(without)
+    assert {more - less for more, less in zip(with_aliases, without)} == {0, 1}
 
 
 def test_the_bound_on_maps_counts_an_activation_once():
@@ -187,9 +198,9 @@ def test_the_bound_on_maps_counts_an_activation_once():
     env = built.run_forward(found.model, rand(2, 3, 9, 9))
     kept = [v for v in env[: built.lowered.slots] if isinstance(v, Tensor) and v.dim() > 1]
     assert len({v.data_ptr() for v in kept}) == len(kept)
-    aliases = [s for i in producers(found) for s in i.outs[3:]]
-    assert aliases
-    assert min(aliases) >= built.lowered.slots
+    own = [s for i in producers(found) for s in aliases(i)]
+    assert own
+    assert min(own) >= built.lowered.slots
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -216,7 +227,7 @@ def test_the_reference_gives_the_same_tensor():
     found = net()
     built = found._programs[True][0]
     env = built.run_forward(found.model, rand(2, 3, 9, 9).requires_grad_())
-    kept = [[env[s] for s in (i.outs[0], *i.outs[3:]) if env[s] is not None] for i in producers(found)]
+    kept = [[env[s] for s in (i.outs[0], *aliases(i)) if env[s] is not None] for i in producers(found)]
     assert all(v is values[0] for values in kept for v in values)
 
 

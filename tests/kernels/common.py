@@ -34,7 +34,7 @@ def on(case: Case, device: str) -> Case:
 
 def run(name: str, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
     """The kernel ``name`` itself: never the reference."""
-    tensor = next(a for a in args if isinstance(a, Tensor))
+    tensor = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
     function = _backend.kernel(name, "auto", tensor)
     assert function is not getattr(reference, name), f"{name} runs the reference"
     return function(*args, **kwargs)

@@ -94,13 +94,13 @@ def arguments(size, dtype, device, layout=None, skip=True, seed=0, offset=0.0):
     return x, w, b, running, s if skip else None
 
 
-def step(x, w, b, running, skip, training, backend="auto", momentum=0.1, copies=3):
+def step(x, w, b, running, skip, training, backend="auto", momentum=0.1, copies=3, known=None):
     """Everything that a forward and a backward from ``copies`` consumers compute, by name."""
     running = [None if t is None else t.clone() for t in running]
     inputs = {n: t.detach().requires_grad_() for n, t in (("x", x), ("weight", w), ("bias", b), ("skip", skip)) if t is not None}
     args = [inputs.get(n) for n in ("x", "weight", "bias")]
     y, mean, rstd, *more = ops.bn_act(
-        *args, *running, training, momentum, 1e-5, inputs.get("skip"), True, copies=copies, backend=backend
+        *args, *running, training, momentum, 1e-5, inputs.get("skip"), True, copies=copies, known=known, backend=backend
     )
     bars = [randn(*x.shape, seed=30 + i).to(x) for i in range(copies)]
     found = torch.autograd.grad([y, *more], list(inputs.values()), bars)
@@ -242,6 +242,82 @@ def test_strided_running_statistics(device):
     ops.bn_act(x, None, None, *want, True)
     ops.bn_act(x, None, None, both[:, 0], both[:, 1], True)
     assert torch.equal(both, torch.stack(want, 1))
+
+
+class Statistics(TorchDispatchMode):
+    """How many channels each pass over memory for statistics reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._opname == "bn_statistics":
+            self.channels.append(args[0].shape[1])
+        return func(*args, **(kwargs or {}))
+
+
+def known_but(x, first, count):
+    """The statistics of all channels but ``count`` from ``first``, and those."""
+    part, rest = x[:, first : first + count], torch.cat([x[:, :first], x[:, first + count :]], 1)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        part, rest = (t.contiguous(memory_format=torch.channels_last) for t in (part, rest))
+    return part, first, *ops.bn_act(rest, None, None, None, None, True)[1:]
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 5), (3, 8), (11, 1)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_known_statistics(device, dtype, layout, first, count):
+    """Only the other channels are measured; the results are those of the whole."""
+    given = arguments((3, 12, 3, 5), dtype, device, layout)
+    x, w, b, running, skip = given
+    exact = step(x.double(), w.double(), b.double(), [t.double() for t in running], skip.double(), True, "reference")
+    known = known_but(x, first, count)
+    with Statistics() as seen:
+        got = step(*given, True, known=known)
+    assert seen.channels == [count]
+    at_most_twice(got, step(*given, True, "reference"), exact, dtype)
+
+
+def test_known_statistics_of_many_channels(device):
+    """More than one block of the finishing kernel on either side of the part, and no running statistics."""
+    x, w, b, _, skip = arguments((2, 100, 2, 2), torch.float32, device)
+    given = x, w, b, (None, None), skip, True
+    got, want = step(*given, known=known_but(x, 37, 21)), step(*given)
+    for name, value in want.items():
+        close(got[name], value, 1e-5, name)
+
+
+def test_known_statistics_that_are_less_exact(device):
+    """A part in another dtype than x, as autocast may have it: everything is measured."""
+    given = arguments((3, 4, 5), torch.float64, device)
+    known = known_but(given[0].float(), 1, 2)
+    with Statistics() as seen:
+        got = step(*given, True, known=known)
+    assert seen.channels == [4]
+    for name, value in step(*given, True).items():
+        assert torch.equal(got[name], value), name
+
+
+def test_known_statistics_in_eval_mode(device):
+    """They are those of a batch: the running ones are used."""
+    given = arguments((3, 4, 5), torch.float64, device)
+    got, want = step(*given, False, known=known_but(given[0], 1, 2)), step(*given, False)
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+
+
+def test_known_statistics_of_a_constant_channel(device):
+    """Its variance is 0, with eps 0 too; NaN stays."""
+    for eps, value in ((1e-5, 1.0), (0.0, 1.0), (1e-5, torch.nan)):
+        x = torch.ones(2, 3, 4, device=device)
+        x[:, 0] = value
+        _, mean, rstd = ops.bn_act(x[:, :1], None, None, None, None, True, eps=eps)
+        running_mean, running_var = x.new_zeros(3), x.new_ones(3)
+        ops.bn_act(x, None, None, running_mean, running_var, True, 1.0, eps, known=(x[:, 1:], 1, mean, rstd))
+        first, *others = running_var.tolist()
+        assert others == [0.0, 0.0]
+        assert first != first if value != value else 0.0 <= first <= 2 * eps * torch.finfo(torch.float32).eps
 
 
 # ---- the mask, values, memory --------------------------------------------------------------------------------------------
@@ -400,6 +476,7 @@ def operator_calls(device):
     return [
         (fisnet.bn_statistics, (x, *running, 0.1, 1e-5)),
         (fisnet.bn_statistics, (x.bfloat16(), None, None, 0.1, 1e-5)),
+        (fisnet.bn_statistics, (x, *(torch.cat([t, t]) for t in running), 0.1, 1e-5, mean, rstd, 3)),
         (fisnet.bn_apply, (x, mean, rstd, w, b, skip, True, True)),
         (fisnet.bn_apply, (x.double(), mean.double(), rstd.double(), None, None, None, False, False)),
         (fisnet.bn_act_backward, ([y, x], mask, x, mean, rstd, w, True, True, True, True)),
@@ -408,7 +485,7 @@ def operator_calls(device):
     ]
 
 
-@pytest.mark.parametrize("index", range(7))
+@pytest.mark.parametrize("index", range(8))
 def test_opcheck(device, index):
     """Schema (what is written, what is an alias), fake tensors' shapes and strides, tracing."""
     op, args = operator_calls(device)[index]
@@ -422,6 +499,10 @@ def test_wrong_operands_are_refused(device):
         (lambda: fisnet.bn_statistics(x[:1, :, :1].contiguous(), None, None, 0.1, 1e-5), "one value a channel"),
         (lambda: fisnet.bn_statistics(x, v, None, 0.1, 1e-5), "come together"),
         (lambda: fisnet.bn_statistics(x, v, v.float(), 0.1, 1e-5), "running_var must be"),
+        (lambda: fisnet.bn_statistics(x, None, None, 0.1, 1e-5, v, None), "known_mean and known_rstd come together"),
+        (lambda: fisnet.bn_statistics(x, None, None, 0.1, 1e-5, v.float(), v), "known_mean must be"),
+        (lambda: fisnet.bn_statistics(x, None, None, 0.1, 1e-5, v, v, 4), "first must lie within the 3 known channels, got 4"),
+        (lambda: fisnet.bn_statistics(x, v, v, 0.1, 1e-5, v, v, 0), "vectors of 6 values"),
         (lambda: fisnet.bn_apply(x, v, v.float(), None, None, None, True, True), "rstd must be"),
         (lambda: fisnet.bn_apply(x[..., ::2], v, v, None, None, None, True, True), "must be dense"),
         (lambda: fisnet.bn_act_backward([], None, x, v, v, None, True, True, True, True), "takes 1 to 4"),
@@ -431,14 +512,16 @@ def test_wrong_operands_are_refused(device):
             call()
 
 
-def test_compiled(device):
+@pytest.mark.parametrize("measured", [8, 3])
+def test_compiled(device, measured):
     """fullgraph, with running statistics that are updated in place and three consumers; nothing is compiled twice."""
     torch._dynamo.reset()
     x, w, b, running, skip = arguments((2, 8, 3, 3), torch.float64, device)
     want = step(x, w, b, running, skip, True)
+    known = known_but(x, 2, measured) if measured < 8 else None
 
     def run(x, w, b, mean, var, skip):
-        y, m, rstd, *more = ops.bn_act(x, w, b, mean, var, True, 0.1, 1e-5, skip, True, copies=3)
+        y, m, rstd, *more = ops.bn_act(x, w, b, mean, var, True, 0.1, 1e-5, skip, True, copies=3, known=known)
         return y, m, rstd, *more
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

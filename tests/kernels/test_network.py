@@ -1,12 +1,16 @@
 """Whole ISNets on the kernels: logits, heatmaps, loss, gradients and statistics are those of the reference path."""
 
+from collections import Counter
+
 import golden_nets
 import pytest
 import torch
 from helpers import GraphNet, error, rand, random_ops, randomise
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisnet_cuda as fc
+from fisnet_cuda.graph.kinds import batch_norm
 from fisnet_cuda.rules import Epsilon
 
 VARIANTS = ("selective", "stochastic", "dual", "original")
@@ -15,15 +19,18 @@ SIZE = {"seq": 16, "seqbn": 16, "vgg": 16, "resnet18s": 32, "densenets": 32}
 
 
 class Operators(TorchDispatchMode):
-    """Which of the extension's operators ran."""
+    """How often each of the extension's operators ran, and how many elements BatchNorms read for their statistics."""
 
     def __init__(self):
         super().__init__()
-        self.seen = set()
+        self.seen = Counter()
+        self.measured = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fisnet":
-            self.seen.add(func._opname)
+            self.seen[func._opname] += 1
+        if func._opname == "bn_statistics":
+            self.measured += args[0].numel()
         return func(*args, **(kwargs or {}))
 
 
@@ -83,6 +90,52 @@ def test_named_networks(device, name, variant):
     assert "phi_scale_backward" in operators.seen or variant == "dual"
 
 
+def frozen(model):
+    """One BatchNorm of a dense block in eval mode for good: its statistics are not the batch's."""
+    norm = model.features.denseblock1.denselayer2.norm1.eval()
+    norm.train = lambda mode=True: norm
+    return model
+
+
+def every_norm(**settings):
+    def change(model):
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            for name, value in settings.items():
+                setattr(norm, name, value)
+        return model
+
+    return change
+
+
+NORMS = {
+    "plain": lambda model: model,
+    "frozen": frozen,
+    "cumulative": every_norm(momentum=None),
+    "untracked": every_norm(track_running_stats=False),
+    "without buffers": every_norm(track_running_stats=False, running_mean=None, running_var=None, num_batches_tracked=None),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("change", NORMS.values(), ids=NORMS)
+def test_dense_blocks_measure_a_channel_once(device, monkeypatch, change, layout):
+    """The same statistics and the same operators as one BatchNorm at a time, over fewer elements."""
+
+    def build():
+        return change(golden_nets.build("densenets"))
+
+    options = {"size": SIZE["densenets"], "layout": layout}
+    want = step(build, "selective", device, "reference", **options)
+    with Operators() as once:
+        got = step(build, "selective", device, "auto", **options)
+    same(got, want, EXACT)
+    monkeypatch.setattr(batch_norm, "_known", lambda *_: None)
+    with Operators() as each:
+        step(build, "selective", device, "auto", **options)
+    assert once.seen == each.seen
+    assert once.measured < each.measured
+
+
 OPTIONS = {
     "relative": {"eps": Epsilon(1e-2, relative=True)},
     "no z^B": {"first_layer": "epsilon"},
@@ -137,4 +190,5 @@ def test_compiled_step(device, variant):
 def test_plan_names_the_kernels(device):
     net = fc.ISNet(golden_nets.build("resnet18s"), variant="dual")
     kernels = " ".join(row.kernel for row in net.plan(device).rows)
-    assert {"bn_act:cuda", "dual_phi:cuda", "zb:cuda", "max_pool:cuda"} <= set(kernels.replace(",", " ").split())
+    assert {"bn_act:cuda", "zb:cuda", "max_pool:cuda"} <= set(kernels.replace(",", " ").split())
+    assert "dual_transposed_phi:" in kernels

@@ -109,6 +109,27 @@ def test_as_the_module(momentum, affine, track, training):
         close(ours.get_buffer(name), value)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_known_statistics_change_nothing(first):
+    """Those of the channels outside a part, with whatever operands and gradients."""
+    x, w, b = randn(4, 3, 5), randn(3, seed=1), randn(3, seed=2)
+    part = x[:, first : first + 2]
+    rest = x[:, 2 - 2 * first : 3 - 2 * first]
+    found = []
+    for known in (None, (part, first, rest.mean((0, 2)), (rest.var((0, 2), unbiased=False) + 1e-5).rsqrt())):
+        inputs = [t.clone().requires_grad_() for t in (x, w, b)]
+        running = MEAN.clone(), VAR.clone()
+        y, mean, rstd = ops.bn_act(*inputs, *running, True, relu=True, known=known)
+        found.append([y.detach(), mean, rstd, *running, *grads(y, inputs)])
+    for got, want in zip(*found):
+        close(got, want)
+
+
+def test_known_statistics_of_other_channels():
+    with pytest.raises(ValueError, match="known must have the 3 channels of x, got a part with 2 and statistics of 2"):
+        ops.bn_act(torch.ones(2, 3), None, None, None, None, True, known=(torch.ones(2, 2), 0, torch.ones(2), torch.ones(2)))
+
+
 def test_channels_last_stays():
     x = randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     y, _, _ = ops.bn_act(x, None, None, MEAN, VAR, True, relu=True)

@@ -1,4 +1,5 @@
-"""Training steps of an ISNet over fake tensors on "cuda", eagerly and compiled; prints which of the extension's operators ran.
+"""Training steps of an ISNet over fake tensors on "cuda", eagerly and compiled, with the library's products or fused ones;
+prints which of the extension's operators ran.
 
     python tests/package/fake_cuda_step.py [--stand-in FILE.so] [--without-kernels] [--variants ...] [--ways ...]
 
@@ -16,7 +17,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--stand-in", help="a library that gives a CPU build of torch a CUDA device")
 parser.add_argument("--without-kernels", action="store_true", help="as if the extension were not installed")
 parser.add_argument("--variants", nargs="+", default=("original", "selective", "stochastic", "dual"))
-parser.add_argument("--ways", nargs="+", default=("eager", "channels_last", "compiled"))
+parser.add_argument("--ways", nargs="+", default=("eager", "channels_last", "fused", "compiled", "fused compiled"))
 options = parser.parse_args()
 if options.stand_in:
     ctypes.CDLL(options.stand_in)  # before torch
@@ -35,14 +36,14 @@ CLASSES = 5
 
 
 class Net(nn.Module):
-    """A bit of every layer that has kernels: first layer, BatchNorms, ReLUs, pools, a sum, a concatenation, a linear head."""
+    """A bit of every layer that has kernels: first layer, BatchNorms, ReLUs, pools, a sum, a dense layer, a linear head."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.stem_bn, self.pool = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.MaxPool2d(3, 2, 1)
         self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
         self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
-        self.plain, self.both_bn = nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(16)
+        self.own_bn, self.plain, self.both_bn = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(16)
         self.conv3, self.pool3 = nn.Conv2d(16, 8, 3, 1, 1), nn.MaxPool2d(2)
         self.conv4, self.average, self.head = nn.Conv2d(8, 8, 3, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Linear(8, CLASSES)
 
@@ -50,7 +51,8 @@ class Net(nn.Module):
         x = self.pool(torch.relu(self.stem_bn(self.stem(x))))
         y = torch.relu(self.bn1(self.conv1(x)))
         x = torch.relu(self.bn2(self.conv2(y)) + x)
-        x = torch.relu(self.both_bn(torch.cat([x, torch.relu(self.plain(x))], 1)))
+        y = torch.relu(self.plain(torch.relu(self.own_bn(x))))
+        x = torch.relu(self.both_bn(torch.cat([x, y], 1)))
         x = torch.relu(self.conv4(self.pool3(torch.relu(self.conv3(x)))))
         return self.head(torch.flatten(self.average(x), 1))
 
@@ -85,7 +87,8 @@ def step(variant: str, way: str) -> list[str]:
     """One training step; the names of the operators that it ran (or, compiled, that its graphs hold)."""
     torch._dynamo.reset()
     net, loss, seen = fc.ISNet(Net(), variant), fc.ISNetLoss(d=0.9), set()
-    memory_format = torch.channels_last if way == "channels_last" else torch.contiguous_format
+    memory_format = torch.contiguous_format if way in ("eager", "compiled") else torch.channels_last
+    rules = "*=fused" if way.startswith("fused") else ""  # of the dispatcher: nothing can be measured here
 
     def run(x, y, masks):
         return loss(net(x, relevance=True), y, masks)[0]
@@ -105,20 +108,29 @@ def step(variant: str, way: str) -> list[str]:
         x = torch.rand(4, 3, 32, 32, device="cuda").contiguous(memory_format=memory_format)
         batch = x, torch.zeros(4, dtype=torch.long, device="cuda"), torch.ones(4, 1, 32, 32, device="cuda")
         spy = Spy()
-        if way == "compiled":
-            compiled(*batch).backward()
-        else:
-            with spy:
-                total = run(*batch)
-                assert total.device.type == "cuda"
-                total.backward()
+        with fc.dispatch.forced(rules):
+            if way.endswith("compiled"):
+                compiled(*batch).backward()
+            else:
+                with spy:
+                    total = run(*batch)
+                    assert total.device.type == "cuda"
+                    total.backward()
     for name, p in net.named_parameters():
         assert isinstance(p.grad, FakeTensor), name
         assert (p.grad.device.type, p.grad.shape) == ("cuda", p.shape), name
     return sorted(seen | spy.seen)
 
 
+def as_cudnn_does(input: torch.Tensor, weight: torch.Tensor, backend: object) -> torch.memory_format:
+    """A convolution's layout. A CPU build of torch knows its own convolutions only, and takes them for contiguous."""
+    last = any(t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in (input, weight))
+    return torch.channels_last if last else torch.contiguous_format
+
+
 if __name__ == "__main__":
+    if options.stand_in:
+        torch._C._conv_determine_backend_memory_format = as_cudnn_does
     if options.without_kernels:
         _backend.LIBRARY = _backend.LIBRARY.with_name("_C.missing.so")
     print(json.dumps({variant: {way: step(variant, way) for way in options.ways} for variant in options.variants}), flush=True)

@@ -61,14 +61,14 @@ def registered():
 
 @needs_kernels
 def test_every_operator_is_used_by_a_training_step(stand_in):
-    """Forward, loss and backward of all variants, in both memory layouts, through the operators: every one of them."""
-    seen, said = steps(*stand_in, "--ways", "eager", "channels_last")
+    """Forward, loss and backward of all variants, in both memory layouts and with fused products: every operator is reached."""
+    seen, said = steps(*stand_in, "--ways", "eager", "channels_last", "fused")
     assert "run the PyTorch reference" not in said
     for variant in ("original", "selective", "stochastic"):
         assert {"fisnet::phi_scale", "fisnet::phi_scale_backward"} <= set(seen[variant]["eager"]), variant
     for variant, ways in seen.items():
         assert ways["eager"] == ways["channels_last"], variant
-    reached = {name for ways in seen.values() for name in ways["eager"]}
+    reached = {name for ways in seen.values() for way in ways.values() for name in way}
     assert registered() - reached == set(UNREACHED), "an operator that no training step uses, or no longer needs its excuse"
 
 
@@ -76,8 +76,9 @@ def test_every_operator_is_used_by_a_training_step(stand_in):
 @pytest.mark.parametrize("variant", ["original", "selective", "stochastic", "dual"])
 def test_a_compiled_step(stand_in, variant):
     """fullgraph=True; its graphs, forward and backward, hold the operators that run eagerly."""
-    seen, _ = steps(*stand_in, "--variants", variant, "--ways", "eager", "compiled")
+    seen, _ = steps(*stand_in, "--variants", variant, "--ways", "eager", "compiled", "fused", "fused compiled")
     assert seen[variant]["compiled"] == seen[variant]["eager"]
+    assert seen[variant]["fused compiled"] == seen[variant]["fused"] != seen[variant]["eager"]
 
 
 def test_a_step_without_kernels(stand_in):

@@ -82,8 +82,12 @@ def build() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         run(
             "cmake", "-S", ROOT, "-B", BUILD, "-G", "Ninja", "-DFISNET_WITH_EMULATOR=OFF", f"-DPython3_EXECUTABLE={sys.executable}",
-            f"-DCMAKE_CUDA_COMPILER={toolkit() / 'bin' / 'nvcc'}", f"-DCMAKE_CUDA_COMPILER_LAUNCHER={sys.executable};{KEEP_LOG}",
+            f"-DCMAKE_CUDA_COMPILER={toolkit() / 'bin' / 'nvcc'}",
+            *(f"-DCMAKE_{language}_COMPILER_LAUNCHER={sys.executable};{KEEP_LOG}" for language in ("CUDA", "CXX")),
         )  # fmt: skip
+        for made in (BUILD / "CMakeFiles" / "_C.dir").rglob("*.o"):
+            if not made.with_name(made.name + ".seconds").exists():  # by a launcher that did not keep all of this yet
+                made.unlink()
         run("cmake", "--build", BUILD, "--target", "_C", "--parallel", str(min(2, os.cpu_count() or 1)))
     return BUILD / "fisnet_cuda" / "_C.abi3.so"
 
@@ -98,6 +102,17 @@ def logs() -> dict[str, str]:
     build()
     found = {source.name: next(BUILD.rglob(f"{source.name}.o.log"), None) for source in sources()}
     return {name: path.read_text() for name, path in found.items() if path}
+
+
+def seconds() -> dict[str, float]:
+    """What every file of csrc/ took to compile: {path below csrc: seconds of one core}, the longest first."""
+    build()
+    taken = {}
+    for path in BUILD.rglob("*.o.seconds"):
+        name = str(path).rpartition("/csrc/")[2].removesuffix(".o.seconds")
+        if (CSRC / name).exists():  # not what a file left behind that is gone
+            taken[name] = float(path.read_text())
+    return dict(sorted(taken.items(), key=lambda item: -item[1]))
 
 
 # ---- ptxas ---------------------------------------------------------------------------------------------------------------
@@ -153,7 +168,7 @@ def demangle(names: list[str]) -> list[str]:
 
 def _short(name: str) -> str:
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
-    name = re.sub(r"_GLOBAL__N__\w+::", "", name).replace("fisnet::", "")
+    name = re.sub(r"_GLOBAL__N__\w+::", "", name).replace("fisnet::", "").replace("> >", ">>").replace("> >", ">>")
     depth = 0
     for i, c in enumerate(name):  # the parameter list begins at the first parenthesis outside the template arguments
         depth += (c == "<") - (c == ">")
@@ -166,6 +181,9 @@ def _short(name: str) -> str:
 
 LOADS_16 = re.compile(r"\bLDG(STS)?(\.\w+)*\.128\b")
 STORES_16 = re.compile(r"\bSTG(\.\w+)*\.128\b")
+COPIES_16 = re.compile(r"\bLDGSTS(\.\w+)*\.128\b")
+PRODUCTS = re.compile(r"\bHMMA(?:\.\w+)*")
+FRAGMENTS = re.compile(r"\bLDSM(?:\.\w+)*")
 LOCAL = re.compile(r"\b(LDL|STL)(\.\w+)*\b")
 
 
@@ -212,6 +230,98 @@ def architectures(binary: Path) -> tuple[set[str], set[str]]:
         {m[1] for m in re.finditer(rf"\.(sm_\w+)\.{kind}", _cuobjdump(f"--list-{what}", binary))}
         for what, kind in (("elf", "cubin"), ("ptx", "ptx"))
     )
+
+
+# ---- products on tensor cores ----------------------------------------------------------------------------------------------
+
+
+class Linear(NamedTuple):
+    """An instantiation of csrc/device/product.cuh's kernel, by its template arguments."""
+
+    dtype: str
+    rows: int  # of the tile
+    columns: int
+    warps: int
+    stages: int
+    wide: bool  # 16-byte access
+    transposed: bool
+    operands: int
+    products: int
+    prologue: bool
+    epilogue: str  # without its dtype
+
+    @property
+    def tile(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+    @property
+    def warp_rows(self) -> int:
+        """A warp's part of the tile is this times 32 columns."""
+        return self.rows * (self.columns // 32) // self.warps
+
+
+def arguments(kernel: str) -> list[str]:
+    """The template arguments of a kernel.
+
+    >>> arguments("k<float, Tile<64, 64>, (bool)1>")
+    ['float', 'Tile<64, 64>', '(bool)1']
+    """
+    found, depth = [""], 0
+    for c in kernel.partition("<")[2].rpartition(">")[0]:
+        depth += (c == "<") - (c == ">")
+        if c == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += c
+    return [one.strip() for one in found if one]
+
+
+def linear(kernel: str) -> Linear | None:
+    """What a kernel's name says of it; None for kernels that are no products of linear maps."""
+    if not kernel.startswith("linear_kernel<"):
+        return None
+    dtype, tile, wide, product, epilogue = arguments(kernel)
+    rows, columns, warps, stages = map(int, arguments(tile))
+    transposed, operands, products, prologue = (_number(one) for one in arguments(product))
+    settings = ", ".join(one for one in arguments(epilogue) if one != dtype)
+    return Linear(
+        dtype, rows, columns, warps, stages, bool(_number(wide)), bool(transposed), operands, products, bool(prologue),
+        epilogue.partition("<")[0] + (f"<{settings}>" if settings else ""),
+    )  # fmt: skip
+
+
+def _number(text: str) -> int:
+    text = re.sub(r"^\([\w:]+\)", "", text)
+    return int(text) if text.isdigit() else int(text == "true")
+
+
+def lacking(code: Code, kernel: Linear) -> list[str]:
+    """What a product's machine code lacks of the instructions that it is made for; the counts are those of its main loop, unrolled.
+
+    Kernels of 16-byte access copy operands by cp.async; those of others, element by element, may do without. float64, which
+    verifies, has no tensor cores.
+    """
+    if kernel.dtype == "double":
+        return []
+    two_bytes = kernel.dtype != "float"
+    tiles_m, tiles_n, halves = kernel.warp_rows // 16, 32 // 8, 2  # mma tiles of a warp's part; a step is two mma deep
+    shape = {"float": "HMMA.1688.F32.TF32", "__half": "HMMA.16816.F32", "__nv_bfloat16": "HMMA.16816.F32.BF16"}[kernel.dtype]
+    mma, ldmatrix = PRODUCTS.findall(code.text), FRAGMENTS.findall(code.text)
+    turned = [one for one in ldmatrix if ".MT88" in one]
+    # the weights of a transposed product lie as columns: ldmatrix turns them, and for 4 bytes it cannot
+    rows = halves * tiles_m * kernel.operands + (0 if kernel.transposed else halves * tiles_n // 2)
+    want_turned = halves * tiles_n // 2 if kernel.transposed and two_bytes else 0
+    # chunks of 16 bytes, four to a row, that a thread copies in a step: the prologue's rows of A come through registers
+    copies = ((0 if kernel.prologue else kernel.operands * kernel.rows) + kernel.columns) * 4 // (32 * kernel.warps)
+    wanted = [
+        (shape, halves * tiles_m * tiles_n * kernel.products, mma.count(shape)),
+        ("LDSM", rows, len(ldmatrix) - len(turned)),
+        ("LDSM transposed", want_turned, len(turned)),
+    ]
+    if kernel.wide:
+        wanted += [("LDGSTS of 128 bits", copies, len(COPIES_16.findall(code.text))), ("STG of 128 bits", 1, int(code.stores_16))]
+    complaints = [f"{what}: {has}, at least {least} expected" for what, least, has in wanted if has < least]
+    return complaints + [f"{one} in place of {shape}" for one in sorted(set(mma) - {shape})]
 
 
 # ---- what the sources say of themselves --------------------------------------------------------------------------------------
@@ -265,7 +375,16 @@ def kernels_declared() -> dict[str, Declared]:
 def family(kernel: str) -> str:
     """An instantiation without its numbers: those of different widths are one family, those of different dtypes are not.
 
+    The numbers of a product of linear maps say what is multiplied, not how wide, and stay.
+
     >>> family("phi_scale_kernel<float, 4>")
     'phi_scale_kernel<float, #>'
+    >>> family("linear_kernel<float, Tile<64, 64, 4, 4>, 1, Product<true, 1, 1, false>, PhiEpilogue<float>>")
+    'linear_kernel<float, Tile<#, #, #, #>, #, Product<true, 1, 1, false>, PhiEpilogue<float>>'
     """
-    return re.sub(r"(?<=[<, ])(\([\w:]+\))?\d+(?=[,>])", "#", kernel)
+    parts = re.split(r"(Product<[^<>]*>)", kernel)
+    return "".join(part if part.startswith("Product<") else _numberless(part) for part in parts)
+
+
+def _numberless(part: str) -> str:
+    return re.sub(r"(?<=[<, ])(\([\w:]+\))?\d+(?=[,>])", "#", part)

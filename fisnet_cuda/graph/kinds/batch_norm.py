@@ -4,6 +4,9 @@ A BatchNorm that alone reads a convolution is folded into it (`Builder.merged`) 
 map of its own: ``g_in = scale . g``, and under z+ it folds into every map that it reads (`fisnet_cuda.ops.rules.plus_affine`).
 
 Shared with the forward: mean and ``rstd``.
+
+A channel's batch statistics are the same for every BatchNorm that reads it. Where one reads the concatenation of a value that
+another one has read before and of a new part, as in a dense block, only the part is measured (`_known`).
 """
 
 from ... import ops
@@ -17,14 +20,37 @@ def nonneg(b, node) -> bool:
 
 
 def forward(b, index, node) -> None:
-    attrs = node.attrs
+    attrs, eps = node.attrs, float(node.attrs["eps"])
     operands = (
         Slot(node.inputs[0]), attrs["weight"], attrs["bias"], attrs["running_mean"], attrs["running_var"], attrs["counter"],
-        attrs["training"], attrs["momentum"], float(attrs["eps"]),
+        attrs["training"], attrs["momentum"], eps, _known(b, node, eps),
     )  # fmt: skip
-    fn = ops.tracked_bn_act if attrs["tracks"] else _untracked_bn_act
+    fn = _bn_act if attrs["tracks"] else _untracked_bn_act
     mean, rstd = b.emit_forward(index, "bn", fn, operands, extra=2, kernel="bn_act", backend=b.backend)
-    b.shared[("statistics", index)] = Slot(mean), Slot(rstd)
+    statistics = Slot(mean), Slot(rstd)
+    b.shared[("statistics", index)] = statistics
+    measured = *statistics, attrs["training"], attrs["running_mean"]
+    b.shared.setdefault(("measured", _original(b, node.inputs[0]), eps), measured)
+
+
+def _known(b, node, eps: float) -> tuple | None:
+    """Operands of a BatchNorm behind a concatenation of two, of which one has been measured: the other one, whether it is the
+    first, and ``(mean, rstd, training, running mean)`` of the BatchNorm that measured."""
+    source = b.graph.nodes[_original(b, node.inputs[0])]
+    if source.kind != "concat" or len(source.inputs) != 2 or source.attrs["dim"] != 1:
+        return None
+    for position, part in enumerate(source.inputs):
+        measured = b.shared.get(("measured", _original(b, source.inputs[1 - position]), eps))
+        if measured is not None:
+            return (Slot(part), position == 0, *measured)
+    return None
+
+
+def _original(b, value: int) -> int:
+    """The value that ``value`` is a copy of (of a copy), or itself."""
+    while b.graph.nodes[value].kind == "copy":
+        value = b.graph.nodes[value].inputs[0]
+    return value
 
 
 def relevance(b, index, node, stream) -> None:
@@ -70,11 +96,20 @@ def scale_shift_of(b, index, bias, constant_bias=True) -> tuple[Slot, Slot]:
     )
 
 
+def _bn_act(x, weight, bias, mean, var, counter, training, momentum, eps, known, *rest, **options):
+    """`ops.tracked_bn_act` beside what `_known` found: it holds where that BatchNorm used the batch's statistics."""
+    if known is not None:
+        part, ahead, known_mean, known_rstd, trained, running_mean = known
+        batch = trained or running_mean is None
+        known = (part, 0 if ahead else known_mean.shape[0], known_mean, known_rstd) if batch else None
+    return ops.tracked_bn_act(x, weight, bias, mean, var, counter, training, momentum, eps, *rest, known=known, **options)
+
+
 def _untracked_bn_act(x, weight, bias, mean, var, counter, training, *rest, **options):
     """``track_running_stats=False`` set after the layer was made: train mode leaves the running statistics alone."""
     if training:
         mean = var = counter = None
-    return ops.tracked_bn_act(x, weight, bias, mean, var, counter, training, *rest, **options)
+    return _bn_act(x, weight, bias, mean, var, counter, training, *rest, **options)
 
 
 def _scale(weight, rstd):

@@ -40,7 +40,7 @@ def _epsilon(b, index, node, stream, rule) -> None:
     g = stream.take_g(out, node.name)
     scale = scale_of(b, out) if out != index else None
     operands = (g, node.attrs["weight"], node.attrs["geometry"], _in_size(b, node), scale)
-    s = b.emit(node.name, rule, f"{node.kind}^T", ops.transposed, operands, kernel="dgrad", backend=b.backend)
+    s = b.emit(node.name, rule, f"{node.kind}^T", ops.transposed_phi, operands, kernel="transposed_phi", backend=b.backend)
     stream.give(node.inputs[0], "g", s)
 
 
@@ -100,7 +100,7 @@ def _zplus(b, index, node, stream, rule) -> None:
         s = _start(b, node, rule, P, shift)
     else:
         if geometry.spatial or scale is not None:
-            z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_denominator, (P, factor, shift))
+            z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_denominator, (P, factor, shift), backend=b.backend)
         else:
             z_plus = b.emit(node.name, rule, "z+", rule_ops.plus_linear_denominator, (P, shift))
         if everything:
@@ -109,7 +109,7 @@ def _zplus(b, index, node, stream, rule) -> None:
             R = stream.take_R(out, node.name)
             s = b.emit(node.name, rule, "ratio", ops.stabilised_ratio, (R, z_plus, eps, True))
     operands = (s, W, geometry, _in_size(b, node), factor)
-    g = b.emit(node.name, rule, f"{node.kind}+^T", ops.transposed, operands, kernel="dgrad", backend=b.backend)
+    g = b.emit(node.name, rule, f"{node.kind}+^T", ops.transposed_phi, operands, kernel="transposed_phi", backend=b.backend)
     stream.give(source, "g", g)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from ...ops.layout import memory_format
 from ..ir import Slot
 
 
@@ -68,7 +69,8 @@ def _back(b, node, slot):
         return slot
     if node.kind == "permute":
         return b.emit(node.name, None, "permute", _unpermute, (slot, node.attrs["dims"], bool(node.attrs.get("swap"))))
-    return b.emit(node.name, None, "reshape", _reshape_sample, (slot, b.shape(node.inputs[0])))
+    source = node.inputs[0]
+    return b.emit(node.name, None, "reshape", _restored, (slot, b.shape(source), b.layout(source)))
 
 
 def _same(x):
@@ -79,15 +81,45 @@ def _cast(x, dtype):
     return x.to(dtype)
 
 
+class _InRows(torch.autograd.Function):
+    """``x.contiguous()``, whose gradient comes back in the layout of ``x``, for all that stands before."""
+
+    @staticmethod
+    def forward(ctx, x, layout):
+        ctx.layout = layout
+        return x.contiguous()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.contiguous(memory_format=ctx.layout), None
+
+
 def _reshape(x, fn, settings):
+    layout = memory_format(x)
+    if layout != torch.contiguous_format and _to_rows(x.dim(), fn, settings):  # that copies a map whose channels are innermost
+        x = _InRows.apply(x, layout)
     y = fn(x, *settings)
     if y.shape[0] != x.shape[0]:
         raise ValueError(f"a reshape from {tuple(x.shape)} to {tuple(y.shape)} mixes the samples: axis 0 must stay the batch")
     return y
 
 
+def _to_rows(axes, fn, settings):
+    """Whether a reshape leaves two axes, the samples and one other, of ``axes``."""
+    if fn is torch.flatten:
+        start, end = settings
+        return axes - end % axes + start % axes == 2
+    return fn is torch.reshape and len(settings[0]) == 2
+
+
 def _reshape_sample(r, shape):
     return r.reshape(r.shape[0], *shape)
+
+
+def _restored(r, shape, layout):
+    """Relevance in the shape and the layout of the value before the reshape: all that stands before it goes on in that layout."""
+    r = _reshape_sample(r, shape)
+    return r if layout == torch.contiguous_format else r.contiguous(memory_format=layout)
 
 
 def _unpermute(r, dims, swap):

@@ -43,6 +43,7 @@ class _BnAct(torch.autograd.Function):
 def bn_act(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
     training: bool, momentum: float, eps: float, skip: Tensor | None = None, relu: bool = False, copies: int = 1,
+    known: tuple[Tensor, int, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See `fisnet_cuda.reference.bn_act`; the copies are aliases whose gradients the backward joins in one kernel."""
     if skip is not None and skip.dtype != x.dtype:
@@ -50,7 +51,7 @@ def bn_act(
     (x,) = dense(x)
     skip, weight, bias = _like(skip, x), vector(weight, x), vector(bias, x)
     if training:
-        mean, rstd = batch_statistics(x.detach(), running_mean, running_var, momentum, eps)
+        mean, rstd = batch_statistics(x, running_mean, running_var, momentum, eps, known)
     else:
         mean, rstd = running_mean, torch.rsqrt(running_var + eps)
     statistics = vector(mean, x), vector(rstd, x)
@@ -62,12 +63,18 @@ def bn_act(
 
 
 def batch_statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
-) -> tuple[Tensor, Tensor]:
-    """``(mean, rstd)`` of a dense ``x``; moves the running statistics in place."""
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float,
+    known: tuple[Tensor, int, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``(mean, rstd)`` of a dense ``x``; moves the running statistics in place. Reads only the part that is not ``known``."""
     running = running_mean, running_var
     given = [None if t is None else t.contiguous() for t in running]
-    mean, rstd = torch.ops.fisnet.bn_statistics(x, *given, momentum, eps)
+    others = ()
+    if known is not None:
+        part, first, mean, rstd = known
+        if part.dtype == x.dtype and mean.dtype == acc_dtype(x):  # else what is known is less exact than x
+            (x,), others = dense(part), (mean, rstd, first)
+    mean, rstd = torch.ops.fisnet.bn_statistics(x.detach(), *given, momentum, eps, *others)
     for t, moved in zip(running, given):
         if moved is not t:
             t.copy_(moved)
@@ -102,8 +109,9 @@ def _like(t: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 @torch.library.register_fake("fisnet::bn_statistics")
-def _(x, running_mean, running_var, momentum, eps):
-    return tuple(x.new_empty(x.shape[1], dtype=acc_dtype(x)) for _ in range(2))
+def _(x, running_mean, running_var, momentum, eps, known_mean=None, known_rstd=None, first=0):
+    channels = x.shape[1] + (0 if known_mean is None else known_mean.shape[0])
+    return tuple(x.new_empty(channels, dtype=acc_dtype(x)) for _ in range(2))
 
 
 @torch.library.register_fake("fisnet::bn_apply")

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+from ..layout import CHANNELS_LAST, memory_format
 
 
 def acc_dtype(t: Tensor) -> torch.dtype:
@@ -17,8 +17,7 @@ def acc_dtype(t: Tensor) -> torch.dtype:
 
 def is_channels_last(t: Tensor) -> bool:
     """Whether ``t`` is dense with its channels innermost; a tensor that is also contiguous counts as contiguous."""
-    memory_format = _CHANNELS_LAST.get(t.dim())
-    return memory_format is not None and not t.is_contiguous() and t.is_contiguous(memory_format=memory_format)
+    return memory_format(t) != torch.contiguous_format
 
 
 def one_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -30,21 +29,22 @@ def one_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
 def dense(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors ``[*, C, ...]`` in one dtype, the widest of theirs, and in one layout.
 
-    The layout is channels_last where the first tensor is, else contiguous; a tensor that is both (one channel, or one
-    pixel) leaves it to the next. Tensors that fit come back as they are.
+    The layout is that of the first tensor which has one: dense, and not contiguous and channels_last at once (one channel, or
+    one pixel), nor a slice or broadcast that has to be copied anyway. Tensors that fit come back as they are.
     """
-    last = next((is_channels_last(t) for t in tensors if t is not None and not _either(t)), False)
+    last = next((is_channels_last(t) for t in tensors if t is not None and _decides(t)), False)
     return [None if t is None else fit(t, last) for t in one_dtype(*tensors)]
 
 
-def _either(t: Tensor) -> bool:
-    """Whether ``t`` is contiguous and channels_last at once."""
-    return t.dim() in _CHANNELS_LAST and t.is_contiguous() and t.is_contiguous(memory_format=_CHANNELS_LAST[t.dim()])
+def _decides(t: Tensor) -> bool:
+    """Whether ``t`` is dense in exactly one of the two layouts."""
+    either = t.dim() in CHANNELS_LAST and t.is_contiguous(memory_format=CHANNELS_LAST[t.dim()])
+    return t.is_contiguous() != either
 
 
 def fit(t: Tensor, channels_last: bool) -> Tensor:
     """``t`` itself or a copy of it, dense in one of the two layouts."""
-    return t.contiguous(memory_format=_CHANNELS_LAST[t.dim()]) if channels_last else t.contiguous()
+    return t.contiguous(memory_format=CHANNELS_LAST[t.dim()]) if channels_last else t.contiguous()
 
 
 def vector(v: Tensor | None, like: Tensor) -> Tensor | None:

@@ -139,6 +139,108 @@ template <bool kBug> __global__ void early_fetch(UnitParams p) {
 }
 PLANTED(early_fetch);
 
+// ---- a warp's loads and stores of shared memory ---------------------------------------------------------------------------
+template <bool kBug> __global__ void word_race(UnitParams p) {
+  FISNET_SHARED(float, s, 256);
+  s[tid()] = from<float>(p)[tid()];  // culprit: word_race
+  if (!kBug) __syncthreads();
+  to<float>(p)[tid()] = __uint_as_float(lds32(s + next_warp()));  // culprit: word_race
+}
+PLANTED(word_race);
+
+template <bool kBug> __global__ void vector_race(UnitParams p) {
+  FISNET_DYN_SMEM(float, s);
+  const uint32_t mine = __float_as_uint(from<float>(p)[tid()]), four[4] = {mine, mine, mine, mine};
+  sts128(s + 4 * tid(), four);  // culprit: vector_race
+  if (!kBug) __syncwarp();
+  uint32_t r[4];
+  lds128(r, s + 4 * (tid() ^ 1));  // culprit: vector_race
+  to<float>(p)[tid()] = __uint_as_float(r[2]);
+}
+PLANTED(vector_race);
+
+template <bool kBug> __global__ void vectors_to_one_place(UnitParams p) {
+  FISNET_DYN_SMEM(float, s);
+  const uint32_t four[4] = {};
+  sts128(s + 4 * (kBug && tid() == 7 ? 6 : tid()), four);  // culprit: vectors_to_one_place
+  __syncwarp();
+  to<float>(p)[tid()] = s[4 * (kBug && tid() == 7 ? 6 : tid())];
+}
+PLANTED(vectors_to_one_place);
+
+template <bool kBug> __global__ void word_of_a_copy(UnitParams p) {
+  FISNET_DYN_SMEM(float, s);
+  cp_async16(s + 4 * tid(), from<float>(p) + 4 * tid(), true);  // culprit: word_of_a_copy
+  cp_async_commit();
+  cp_async_wait<kBug ? 1 : 0>();
+  __syncthreads();
+  to<float>(p)[tid()] = __uint_as_float(lds32(s + 4 * tid() + 1));  // culprit: word_of_a_copy
+}
+PLANTED(word_of_a_copy);
+
+template <bool kBug> __global__ void word_without_a_lane(UnitParams p) {
+  FISNET_SHARED(float, s, 64);
+  s[tid()] = from<float>(p)[tid()];
+  to<float>(p)[tid()] = 0;
+  if (kBug && tid() == 37) return;
+  to<float>(p)[tid()] = __uint_as_float(lds32(s + tid()));
+}
+PLANTED(word_without_a_lane);
+
+template <bool kBug> __global__ void vector_without_a_lane(UnitParams p) {
+  FISNET_DYN_SMEM(float, s);
+  for (int i = tid(); i < 256; i += 64) s[i] = 0;
+  __syncthreads();
+  uint32_t r[4] = {};
+  if (!kBug || tid() != 37) lds128(r, s + 4 * tid());
+  to<float>(p)[tid()] = __uint_as_float(r[0]);
+}
+PLANTED(vector_without_a_lane);
+
+template <bool kBug> __global__ void store_without_a_lane(UnitParams p) {
+  FISNET_DYN_SMEM(float, s);
+  const uint32_t four[4] = {};
+  if (kBug && tid() == 37) s[4 * tid()] = 0;
+  else sts128(s + 4 * tid(), four);
+  __syncthreads();
+  to<float>(p)[tid()] = s[4 * tid()];
+}
+PLANTED(store_without_a_lane);
+
+template <bool kBug> __global__ void word_beside_a_vector(UnitParams p) {
+  FISNET_DYN_SMEM(float, s);
+  for (int i = tid(); i < 256; i += 64) s[i] = 0;
+  __syncthreads();
+  uint32_t r[4] = {};
+  if (kBug && tid() % 2) r[0] = lds32(s + 4 * tid());
+  else lds128(r, s + 4 * tid());
+  to<float>(p)[tid()] = __uint_as_float(r[0]);
+}
+PLANTED(word_beside_a_vector);
+
+template <bool kBug> __global__ void word_of_global_memory(UnitParams p) {
+  FISNET_SHARED(float, s, 64);
+  s[tid()] = from<float>(p)[tid()];
+  to<float>(p)[tid()] = __uint_as_float(lds32(kBug ? from<float>(p) + tid() : s + tid()));
+}
+PLANTED(word_of_global_memory);
+
+template <bool kBug> __global__ void word_misaligned(UnitParams p) {
+  FISNET_SHARED(float, s, 64);
+  s[tid()] = 0;
+  __syncwarp();
+  to<float>(p)[tid()] = __uint_as_float(lds32(reinterpret_cast<const char*>(s + tid()) + (kBug ? 2 : 0)));  // culprit: word_misaligned
+}
+PLANTED(word_misaligned);
+
+template <bool kBug> __global__ void word_past_the_end(UnitParams p) {
+  FISNET_SHARED(float, s, 64);
+  s[tid()] = 0;
+  __syncthreads();
+  to<float>(p)[tid()] = __uint_as_float(lds32(s + tid() + kBug));  // culprit: word_past_the_end
+}
+PLANTED(word_past_the_end);
+
 // ---- bounds and alignment ------------------------------------------------------------------------------------------------------
 template <bool kBug> __global__ void read_past_the_end(UnitParams p) {
   to<float>(p)[tid()] = from<float>(p)[tid() + kBug];  // culprit: read_past_the_end

@@ -235,6 +235,51 @@ __global__ void order_of_threads(UnitParams p) {
 }
 UNIT(order_of_threads);
 
+// ---- a warp's accesses to shared memory: x says where each lane's is -----------------------------------------------------
+__global__ void words_4(UnitParams p) {
+  FISNET_DYN_SMEM(uint32_t, s);
+  for (int i = tid(); i < p.n; i += 32) s[i] = static_cast<uint32_t>(i);
+  __syncwarp();
+  to<uint32_t>(p)[tid()] = lds32(s + from<int>(p)[tid()]);
+}
+UNIT(words_4);
+
+// s[i] holds 4 i, 4 i + 1, ...; y[4] a thread
+__global__ void words_16(UnitParams p) {
+  FISNET_DYN_SMEM(uint4, s);
+  for (unsigned i = threadIdx.x; i < static_cast<unsigned>(p.n); i += 32) s[i] = make_uint4(4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3);
+  __syncwarp();
+  uint32_t r[4];
+  lds128(r, s + from<int>(p)[tid()]);
+  for (int i = 0; i < 4; ++i) to<uint32_t>(p)[4 * tid() + i] = r[i];
+}
+UNIT(words_16);
+
+// y[4] a thread: what it stored
+__global__ void stores_16(UnitParams p) {
+  FISNET_DYN_SMEM(uint32_t, s);
+  const uint32_t first = 4 * threadIdx.x, mine[4] = {first, first + 1, first + 2, first + 3};
+  uint32_t* const at = s + 4 * from<int>(p)[tid()];
+  sts128(at, mine);
+  for (int i = 0; i < 4; ++i) to<uint32_t>(p)[4 * tid() + i] = at[i];
+}
+UNIT(stores_16);
+
+// n copies a lane, to where x [n][threads] says; -1: no copy. A commit after each but the first, so the first two are a group. All are
+// zeros but those of lane 0.
+__global__ void copies(UnitParams p) {
+  FISNET_DYN_SMEM(uint4, s);
+  const int threads = static_cast<int>(blockDim.x);
+  for (int i = 0; i < p.n; ++i) {
+    const int at = from<int>(p)[i * threads + tid()];
+    if (at >= 0) cp_async16(s + at, p.x, tid() == 0);
+    if (i) cp_async_commit();
+  }
+  cp_async_wait<0>();
+  to<int>(p)[tid()] = 0;
+}
+UNIT(copies);
+
 // ---- tensor cores: one warp, d [16, 8] = a [16, K] b [K, 8], row-major ---------------------------------------------------
 // x holds a, then b. The rows of a have `n` elements of padding in shared memory.
 template <typename T> __global__ void product16(UnitParams p) {
@@ -256,6 +301,32 @@ template <typename T> __global__ void product16(UnitParams p) {
 }
 FISNET_LAUNCHER(product_bf16, launch_unit<product16<__nv_bfloat16>>);
 FISNET_LAUNCHER(product_f16, launch_unit<product16<__half>>);
+
+// 2 x 3 products at once, their left operands by one call of ldmatrix: d [32, 24] = a [32, K] b [K, 24]. x holds a, then b
+// transposed, both in T; in shared memory rows have 16 bytes of padding.
+template <typename T> __global__ void tiles(UnitParams p) {
+  FISNET_DYN_SMEM(T, s);
+  constexpr int kDepth = sizeof(T) == 2 ? 16 : 8, kPitch = kDepth + 16 / static_cast<int>(sizeof(T));
+  const int l = tid(), group = l >> 2, t = l & 3;
+  for (int i = l; i < (32 + 24) * kDepth; i += 32) {
+    if constexpr (sizeof(T) == 2) s[i / kDepth * kPitch + i % kDepth] = from<T>(p)[i];
+    else s[i / kDepth * kPitch + i % kDepth] = __uint_as_float(to_tf32(from<T>(p)[i]));
+  }
+  __syncwarp();
+  uint32_t a[2][4], b[3][2];
+  const void* const rows[2] = {s + (l & 15) * kPitch + (l >> 4) * (kDepth / 2), s + (16 + (l & 15)) * kPitch + (l >> 4) * (kDepth / 2)};
+  ldmatrix_x4(a, rows);  // to it, a float is two elements
+  for (int n = 0; n < 3; ++n)
+    for (int i = 0; i < 2; ++i) b[n][i] = lds32(s + (32 + 8 * n + group) * kPitch + (kDepth / 8) * t + i * kDepth / 2);
+  float d[2][3][4] = {};
+  mma_tiles<T>(d, a, b);
+  for (int m = 0; m < 2; ++m)
+    for (int n = 0; n < 3; ++n)
+      for (int i = 0; i < 4; ++i) to<float>(p)[(16 * m + group + 8 * (i >> 1)) * 24 + 8 * n + 2 * t + (i & 1)] = d[m][n][i];
+}
+FISNET_LAUNCHER(tiles_bf16, launch_unit<tiles<__nv_bfloat16>>);
+FISNET_LAUNCHER(tiles_f16, launch_unit<tiles<__half>>);
+FISNET_LAUNCHER(tiles_tf32, launch_unit<tiles<float>>);
 
 __global__ void product_tf32(UnitParams p) {
   const int l = tid(), group = l >> 2, t = l & 3;
