@@ -19,7 +19,8 @@ GPU_PYTHON  ?= 3.12
 DEMO_NEEDS  = numpy sklearn:scikit-learn matplotlib
 BENCH_NEEDS = numpy matplotlib pytest pytest_benchmark:pytest-benchmark
 BUILD_NEEDS = setuptools wheel ninja
-TEST_NEEDS  = $(DEMO_NEEDS) $(BENCH_NEEDS) $(BUILD_NEEDS) hypothesis xdist:pytest-xdist requests transformers ruff \
+TRAIN_NEEDS = h5py jsonargparse:jsonargparse[signatures] kornia lightning matplotlib PIL:pillow torchmetrics
+TEST_NEEDS  = $(DEMO_NEEDS) $(BENCH_NEEDS) $(BUILD_NEEDS) $(TRAIN_NEEDS) onnx onnxruntime onnxscript tensorboard hypothesis xdist:pytest-xdist requests transformers ruff \
               cmake pybind11 @nvidia-cuda-cuobjdump @nvidia-cuda-nvdisasm
 
 ifeq ($(strip $(PYTHON)),)

@@ -5,7 +5,7 @@ Wrong arguments raise `TypeError` or `ValueError` and name the argument, what it
 
 from __future__ import annotations
 
-__all__ = ["FisnetWarning", "UnsupportedModelError"]
+__all__ = ["FisnetWarning", "InputError", "UnsupportedModelError"]
 
 
 class FisnetWarning(UserWarning):
@@ -27,4 +27,16 @@ class UnsupportedModelError(TypeError):
         ... except fc.UnsupportedModelError as error:
         ...     print(str(error).split(" (")[0])
         1: PReLU is not supported
+    """
+
+
+class InputError(ValueError):
+    """A file, a folder or a setting that the user gave cannot be used. The message is one line and says what to do; the
+    command line prints it without a traceback.
+
+    Example:
+        >>> raise InputError("x.csv has no column 'image': name one with image_column=")
+        Traceback (most recent call last):
+        ...
+        fisnet_cuda.errors.InputError: x.csv has no column 'image': name one with image_column=
     """

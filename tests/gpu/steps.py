@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fisnet_cuda as fc
 from benchmarks import models
+from fisnet_cuda import nets
 
 VARIANTS = ("selective", "stochastic", "dual", "original")
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,9 +25,9 @@ def build(name: str, classes: int = 4) -> nn.Module:
     if name in SMALL:
         model = golden_nets.build(name)
     elif name == "densenet":
-        model = models.DenseNet(16, (2, 3, 2), 32, classes)
+        model = nets.DenseNet(16, (2, 3, 2), 32, classes)
     elif name == "vgg_bn":
-        model = models.VGG((16, 16, "M", 32, 32, "M", 64, "M"), classes)
+        model = nets.VGG((16, 16, "M", 32, 32, "M", 64, "M"), classes)
     else:
         model = models.build(name, classes)
     head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]

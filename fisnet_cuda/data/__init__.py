@@ -1,0 +1,1 @@
+"""Images, masks and labels from disk to batches; needs the extra ``train``."""
