@@ -91,7 +91,9 @@ def collect(
         index = batch["index"].cpu().numpy() if "index" in batch else np.arange(done, done + n)
         logits = net(x)
         if logits.shape[1] != classes:
-            raise InputError(f"the network has {logits.shape[1]} outputs and the data have {classes} classes: they do not belong together")
+            raise InputError(
+                f"the network has {logits.shape[1]} outputs and the data have {classes} classes: they do not belong together"
+            )
         part = {"index": index, "labels": batch["label"].cpu().numpy(), "logits": logits.double().cpu().numpy()}
         part |= _attention(net, x, logits.argmax(1), batch, tolerance)
         parts.append(part)
@@ -109,7 +111,10 @@ def collect(
     whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     bad = int((~np.isfinite(whole["logits"])).any(1).sum())
     if bad:
-        raise InputError(f"the network's outputs are not finite for {bad} of {done} images of {name}: its training has diverged; use another checkpoint")
+        raise InputError(
+            f"the network's outputs are not finite for {bad} of {done} images of {name}: its training has diverged; use another "
+            "checkpoint"
+        )
     return Collected(**whole, kept={place: image for _, place, image in sorted(kept, key=lambda entry: entry[1])})
 
 

@@ -13,7 +13,7 @@ a deletion below it and an insertion above it are the heatmap's merit, the value
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from ..data.spec import InputSpec
 from ..errors import InputError
 
-__all__ = ["BASELINES", "Faithfulness", "Options", "blurred", "faithfulness", "pixel_order"]
+__all__ = ["BASELINES", "CURVES", "Options", "areas", "blurred", "curves", "pixel_order"]
 
 BASELINES = ("black", "mean", "blur")
+CURVES = ("insertion", "deletion", "insertion_random", "deletion_random")
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,6 @@ class Options:
             raise InputError(f"the blur's sigma must be > 0 pixels, got {self.sigma}")
 
 
-@dataclass(frozen=True)
-class Faithfulness:
-    """Areas under the curves of each image, ``[n]`` in [0, 1] (float64, CPU).
-
-    Attributes:
-        insertion, deletion: pixels in the heatmap's order.
-        insertion_random, deletion_random: the same pixels in random order.
-        curves: mean curve of each of the four, ``[steps + 1]``.
-    """
-
-    insertion: Tensor
-    deletion: Tensor
-    insertion_random: Tensor
-    deletion_random: Tensor
-    curves: dict[str, Tensor]
-
-
 def pixel_order(R: Tensor) -> Tensor:
     """Place of each pixel when all are sorted by relevance (summed over channels, signed), the most relevant first.
 
@@ -90,7 +74,7 @@ def pixel_order(R: Tensor) -> Tensor:
         >>> pixel_order(torch.tensor([[[[0.5, -2.0, 3.0]]]]))
         tensor([[1, 2, 0]])
     """
-    return R.sum(1).flatten(1).argsort(1, descending=True, stable=True).argsort(1)
+    return R.sum(1).flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 def blurred(x: Tensor, sigma: float) -> Tensor:
@@ -120,17 +104,17 @@ def baseline(x: Tensor, kind: str, spec: InputSpec, sigma: float) -> Tensor:
 
 
 @torch.no_grad()
-def faithfulness(
+def curves(
     model: nn.Module,
     x: Tensor,
     R: Tensor,
     target: Tensor,
     spec: InputSpec,
     options: Options,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     step: Callable[[int], None] | None = None,
-) -> Faithfulness:
-    """Insertion and deletion of a batch, in the heatmap's order and in random order.
+) -> dict[str, Tensor]:
+    """Probability of the predicted class while pixels are inserted and deleted, in the heatmap's order and in random order.
 
     Args:
         model: ``[N, C_in, H, W] -> logits [N, C]``, in eval mode.
@@ -139,19 +123,19 @@ def faithfulness(
         target: the predicted class ``[N]``.
         spec: tells what black is.
         options: steps and baselines.
-        generator: of the random orders; on the CPU.
+        generators: of the random order of each image; on the CPU.
         step: called with the number of images done after each of them.
 
     Returns:
-        `Faithfulness`.
+        The four `CURVES`, each ``[N, steps + 1]`` float64 on the CPU: after 0, 1, ... ``steps`` equal parts of the pixels.
     """
     n, _, height, width = x.shape
     pixels = height * width
     sigma = options.sigma or 5 * max(height, width) / 224
-    changed = [round(pixels * t / options.steps) for t in range(options.steps + 1)]
-    orders = {"": pixel_order(R).cpu(), "_random": torch.stack([torch.randperm(pixels, generator=generator) for _ in range(n)])}
+    changed = _changed(pixels, options.steps)
+    orders = {"": pixel_order(R).cpu(), "_random": torch.stack([torch.randperm(pixels, generator=g) for g in generators])}
     deleted, inserted = baseline(x, options.deletion, spec, sigma), baseline(x, options.insertion, spec, sigma)
-    curves: dict[str, list[Tensor]] = {f"{kind}{order}": [] for kind in ("insertion", "deletion") for order in orders}
+    rows: dict[str, list[Tensor]] = {name: [] for name in CURVES}
     for i in range(n):
         # both ends of each curve belong to both orders: they are run once
         ends = torch.stack([inserted[i], deleted[i], x[i]])
@@ -164,14 +148,25 @@ def faithfulness(
         logits = torch.cat([model(part) for part in everything.split(options.batch_size)])
         p = torch.softmax(logits.double(), 1)[:, target[i]]
         (empty, gone, full), *inner = p.split([3] + [options.steps - 1] * 4)
-        for name, middle in zip(("insertion", "deletion", "insertion_random", "deletion_random"), inner):
+        for name, middle in zip(CURVES, inner):
             start, end = (empty, full) if name.startswith("insertion") else (full, gone)
-            curves[name].append(torch.cat([start[None], middle, end[None]]).cpu())
+            rows[name].append(torch.cat([start[None], middle, end[None]]).cpu())
         if step is not None:
             step(i + 1)
-    t = torch.tensor(changed, dtype=torch.float64) / pixels
-    stacked = {name: torch.stack(rows) if rows else torch.zeros(0, options.steps + 1).double() for name, rows in curves.items()}
-    return Faithfulness(
-        **{name: torch.trapezoid(rows, t, dim=1) for name, rows in stacked.items()},
-        curves={name: rows.mean(0) for name, rows in stacked.items()},
-    )
+    return {name: torch.stack(found) for name, found in rows.items()}
+
+
+def areas(curves: Tensor, pixels: int) -> Tensor:
+    """Area under each curve ``[N, steps + 1]`` over the share of changed pixels, by the trapezoid rule: ``[N]``.
+
+    Example:
+        >>> areas(torch.tensor([[0.0, 1.0, 1.0]]), 100)
+        tensor([0.7500])
+    """
+    t = torch.tensor(_changed(pixels, curves.shape[1] - 1), dtype=curves.dtype) / pixels
+    return torch.trapezoid(curves, t, dim=1)
+
+
+def _changed(pixels: int, steps: int) -> list[int]:
+    """Changed pixels after each step."""
+    return [round(pixels * t / steps) for t in range(steps + 1)]

@@ -16,24 +16,27 @@ _MOST_CLASSES = 12  # in tables by class; more are in the JSON only
 
 METHODS = {
     "accuracy": "share of right answers; 95 % interval: Wilson's score interval (Wilson 1927)",
-    "balanced accuracy": "mean recall of the classes that occur; interval: Wilson's of each recall, combined by MOVER (Zou and Donner 2008)",
-    "macro-F1": "mean over classes of 2 TP / (true + predicted), classes that are neither true nor predicted left out; interval: bootstrap",
-    "AUC": "one class against the rest, P(a positive scores higher than a negative) + 1/2 P(equal) (Hanley and McNeil 1982), macro: mean "
-    "of the classes for which it is defined; interval: bootstrap",
-    "background share": "sum |R| (1 - M) / sum |R| over channels and pixels, R = relevance of the predicted class's logit by the net's own "
-    "LRP rules, M = mask; mean over images; interval: bootstrap",
-    "pointing game": "share of images whose pixel of largest positive relevance lies in the mask (Zhang et al. 2018); chance: mean share of "
-    "the image that would be a hit; interval: Wilson's",
-    "insertion, deletion": "area under the probability of the predicted class while pixels are put into a blurred image, or taken away, the "
-    "most relevant first (RISE: Petsiuk et al. 2018); random: the same in random order; interval: bootstrap",
+    "balanced accuracy": "mean recall of the classes that occur; interval: Wilson's of each recall, combined by MOVER "
+    "(Zou and Donner 2008)",
+    "macro-F1": "mean over classes of 2 TP / (true + predicted), classes that are neither true nor predicted left out; "
+    "interval: bootstrap",
+    "AUC": "one class against the rest, P(a positive scores higher than a negative) + 1/2 P(equal) (Hanley and McNeil 1982); "
+    "macro: mean of the classes for which it is defined; interval: bootstrap",
+    "background share": "sum |R| (1 - M) / sum |R| over channels and pixels, R = relevance of the predicted class's logit by the "
+    "net's own LRP rules, M = mask; mean over images; interval: bootstrap",
+    "pointing game": "share of images whose pixel of largest positive relevance lies in the mask (Zhang et al. 2018); chance: mean "
+    "share of the image that would be a hit; interval: Wilson's",
+    "insertion, deletion": "area under the probability of the predicted class while pixels are put into a blurred image, or taken "
+    "away, the most relevant first (RISE: Petsiuk et al. 2018); random: the same in random order; interval: bootstrap",
     "bootstrap": "percentiles of resamples drawn with replacement within each class (stratified; Efron and Tibshirani 1993)",
-    "differences between runs": "by image (bootstrap of the differences) where both saw the same images, otherwise MOVER (Newcombe 1998)",
+    "differences between runs": "by image (bootstrap of the differences) where both saw the same images, otherwise MOVER "
+    "(Newcombe 1998)",
 }
 
 READING = (
-    "↑ more is better, ↓ less is better; in brackets the 95 % interval: test sets like this one would give such values. "
-    "Good: accuracy that is high and *the same in every row*, and little relevance in the background. "
-    "Bad: accuracy that falls where the shortcut is broken; then the net has learned the shortcut, whatever its heatmaps look like."
+    "↑ more is better, ↓ less is better; in brackets the 95 % interval. Good: accuracy that is high and *the same in every row*, and "
+    "little relevance in the background. Bad: accuracy that falls where the shortcut is broken: then the net has learned the "
+    "shortcut, whatever its heatmaps look like."
 )
 
 
@@ -123,7 +126,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int 
         | test | 12 |
     """
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
-    widths = [max(3, *(len(row[i]) for row in cells)) if i < text_columns else max(2, *(len(row[i]) for row in cells)) for i in range(len(head))]
+    widths = [
+        max(3, *(len(row[i]) for row in cells)) if i < text_columns else max(2, *(len(row[i]) for row in cells))
+        for i in range(len(head))
+    ]
     lines = [
         "| " + " | ".join(cell.ljust(w) if i < text_columns else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) + " |"
         for row in cells
@@ -163,13 +169,19 @@ def _main_row(s: SubsetResult, masks: bool, faithful: bool) -> list[str]:
         row += ["-"] * 4 if a is None or not a.n else [a.share.percent(), _percent(a.area), a.pointing.percent(), _percent(a.chance)]
     if faithful:
         i = s.insertion
-        row += ["-"] * 4 if i is None else [i.insertion.text(2), f"{i.insertion_random.value:.2f}", i.deletion.text(2), f"{i.deletion_random.value:.2f}"]
+        row += (
+            ["-"] * 4
+            if i is None
+            else [i.insertion.text(2), f"{i.insertion_random.value:.2f}", i.deletion.text(2), f"{i.deletion_random.value:.2f}"]
+        )
     return row
 
 
 def _difference_table(rows: Sequence[Difference], first: str) -> str:
     head = ["subset", "run", "accuracy, points ↑", "background share, points ↓", "compared"]
-    cells = [[d.subset, d.run, _signed(d.accuracy), _signed(d.share), "image by image" if d.paired else "as separate samples"] for d in rows]
+    cells = [
+        [d.subset, d.run, _signed(d.accuracy), _signed(d.share), "image by image" if d.paired else "as separate samples"] for d in rows
+    ]
     lines = f"Run minus {first}, in percentage points; an interval without 0 is a difference beyond chance."
     return lines + "\n\n" + table(head, cells, 2)
 
@@ -204,7 +216,11 @@ def _by_class(run: RunResult, several: bool) -> list[str]:
 
 def _methods(evaluation: Evaluation) -> str:
     lines = [f"- {name}: {text}." for name, text in METHODS.items() if len(evaluation.runs) > 1 or "between runs" not in name]
-    lines += [f"- run {run.name}: " + ", ".join(f"{key} {value}" for key, value in run.facts.items() if value not in (None, "")) for run in evaluation.runs if run.facts]
+    lines += [
+        f"- run {run.name}: " + ", ".join(f"{key} {value}" for key, value in run.facts.items() if value not in (None, ""))
+        for run in evaluation.runs
+        if run.facts
+    ]
     lines += ["- settings: " + ", ".join(f"{key} {value}" for key, value in evaluation.settings.items())] if evaluation.settings else []
     lines += ["- versions: " + ", ".join(f"{key} {value}" for key, value in evaluation.versions.items())] if evaluation.versions else []
     return "\n".join(lines)

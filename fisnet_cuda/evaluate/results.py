@@ -8,13 +8,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from . import metrics
 from .collect import Collected
-from .faithfulness import Faithfulness
+from .faithfulness import CURVES, areas
 from .metrics import Classification, Estimate
 
-__all__ = ["Attention", "Difference", "Insertion", "RunResult", "SubsetResult", "attention", "differences", "insertion", "leaves", "verdict"]
+__all__ = [
+    "Attention",
+    "Difference",
+    "Insertion",
+    "RunResult",
+    "SubsetResult",
+    "attention",
+    "differences",
+    "insertion",
+    "leaves",
+    "verdict",
+]
 
 # Names that say what a subset is for. Anything else is compared without a claim about why.
 _USUAL = re.compile(r"(^|[^a-z])(biased|iid|in.?distribution|id|internal|seen)($|[^a-z])", re.I)
@@ -54,7 +66,11 @@ class Attention:
         """Plain numbers, for JSON."""
         return {
             "n": self.n,
-            "left_out": {"without_mask": self.without_mask, "mask_without_foreground": self.empty, "mask_without_background": self.full},
+            "left_out": {
+                "without_mask": self.without_mask,
+                "mask_without_foreground": self.empty,
+                "mask_without_background": self.full,
+            },
             "background_share": {
                 **self.share.to_dict(),
                 "even_heatmap": self.area,
@@ -192,13 +208,13 @@ def attention(found: Collected, resamples: int, seed: int) -> Attention | None:
     )
 
 
-def insertion(found: Faithfulness, labels: np.ndarray, resamples: int, seed: int) -> Insertion:
-    """`Insertion` of the measured areas, with intervals."""
-    areas = {key: getattr(found, key).numpy() for key in ("insertion", "deletion", "insertion_random", "deletion_random")}
-    areas["insertion_gain"] = areas["insertion"] - areas["insertion_random"]
-    areas["deletion_gain"] = areas["deletion_random"] - areas["deletion"]
-    estimates = {key: metrics.mean(values, labels, resamples, seed) for key, values in areas.items()}
-    return Insertion(n=len(labels), **estimates, curves={key: curve.tolist() for key, curve in found.curves.items()})
+def insertion(curves: Mapping[str, Tensor], pixels: int, labels: metrics.Ints, resamples: int, seed: int) -> Insertion:
+    """`Insertion` of the four measured curves ``[n, steps + 1]`` of images of ``pixels``, with intervals."""
+    values = {key: areas(curves[key], pixels).numpy() for key in CURVES}
+    values["insertion_gain"] = values["insertion"] - values["insertion_random"]
+    values["deletion_gain"] = values["deletion_random"] - values["deletion"]
+    estimates = {key: metrics.mean(area, labels, resamples, seed) for key, area in values.items()}
+    return Insertion(n=len(labels), **estimates, curves={key: curves[key].mean(0).tolist() for key in CURVES})
 
 
 # ---- what it says --------------------------------------------------------------------------------------------------------
@@ -228,10 +244,9 @@ def verdict(run: RunResult) -> str:
     others = [s for s in subsets if s is not base]
     parts = [_accuracy_text(base, others)]
     fell = parts[0].startswith("accuracy falls")
-    if base.classification.accuracy.low <= base.classification.guessing and base.classification.n:
-        parts.append(
-            f"On {base.name} it is not shown to be better than always answering the most frequent class ({_pc(base.classification.guessing)})."
-        )
+    guessing = base.classification.guessing
+    if base.classification.accuracy.low <= guessing:
+        parts.append(f"On {base.name} it is not shown to be better than always answering the most frequent class ({_pc(guessing)}).")
     look = _attention_text(subsets, base, fell)
     return " ".join([*parts, *([look] if look else [])])
 
@@ -239,7 +254,10 @@ def verdict(run: RunResult) -> str:
 def _accuracy_text(base: SubsetResult, others: Sequence[SubsetResult]) -> str:
     a = base.classification
     if not others:
-        return f"accuracy {_pc(a.accuracy.value)} ({base.name}); one subset alone cannot tell whether the background is used: add one where the shortcut is broken (--set)."
+        return (
+            f"accuracy {_pc(a.accuracy.value)} ({base.name}); one subset alone cannot tell whether the background is used: add one in "
+            "which the shortcut is broken (--set)."
+        )
     level = 1 - (1 - metrics.LEVEL) / len(others)
     worst = min(others, key=lambda s: s.classification.accuracy.value)
     gap = metrics.difference(_accuracy(a, level), _accuracy(worst.classification, level))
@@ -255,7 +273,7 @@ def _accuracy_text(base: SubsetResult, others: Sequence[SubsetResult]) -> str:
     far = max(0.0, -gap.low)
     if far <= 0.05:
         return f"accuracy holds: {here}, at the lowest {there}; a fall of more than {100 * far:.0f} points is ruled out."
-    return f"no fall of accuracy is shown: {here}, at the lowest {there}; but with so few images a fall of {100 * far:.0f} points is possible."
+    return f"no fall of accuracy is shown: {here}, at the lowest {there}; with so few images one of {100 * far:.0f} points is possible."
 
 
 def _accuracy(c: Classification, level: float) -> Estimate:
