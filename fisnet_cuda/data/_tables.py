@@ -318,7 +318,7 @@ def _unique(entries: Sequence[Entry]) -> None:
 
 def _lost(lost: list[tuple[_Row, str, str, list[Path]]], source: str) -> InputError:
     row, role, name, roots = lost[0]
-    folder, last = os.path.split(name)
+    folder, _ = os.path.split(name)
     options = [os.path.join(folder, other) for root in roots for other in names_in(root / folder)]
     more = f" (and {len(lost) - 1:,} more files are missing)" if len(lost) > 1 else ""
     where = "" if os.path.isabs(name) else f" in {' or '.join(shown(root) for root in roots)}"
