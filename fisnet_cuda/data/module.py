@@ -21,7 +21,7 @@ from .sources import list_samples
 from .spec import InputSpec
 from .split import split
 from .store import CACHES, Store
-from .transforms import Augmentation
+from .transforms import Augmentation, prepare
 
 if TYPE_CHECKING:
     from .report import DataReport
@@ -318,13 +318,7 @@ class MaskedImageData(LightningDataModule):
             A new dict: ``image`` normalised and ``mask`` in [0, 1], both float32, whatever autocast says; the rest as it was. A
             batch that is prepared already comes back as it is.
         """
-        image, mask = batch["image"], batch["mask"]
-        if image.is_floating_point():
-            return dict(batch)
-        image, mask = image.float().div_(255), mask.float().div_(255)
-        if augment:
-            image, mask = self.augmentation(image, mask, seed)
-        return {**batch, "image": self.spec.normalise(image), "mask": mask}
+        return prepare(batch, self.spec, self.augmentation if augment else None, seed)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Seeds the augmentation while the batch is still on the CPU; Lightning calls it."""
