@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TuneC1C2"]
 
+TUNE = 3  # a purpose of randomness beside those of `ISNetModule`
+
 
 class TuneC1C2(pl.Callback):
     """Sets C1 and C2 by `fisnet_cuda.tune_c1_c2` once ``tune_epochs`` epochs have trained the classifier alone.
@@ -44,9 +46,10 @@ class TuneC1C2(pl.Callback):
                              "train with one, or set tune_epochs=0 and give c1 and c2")  # fmt: skip
         loader = data.loader("train")
         used, batches = chosen(len(loader), module.hparams["tune_batches"])
-        module._reseed(2, 0, 0)
+        module.reseed(TUNE, 0, 0)
         try:
-            c1, c2 = tune_c1_c2(module.net, images(module, data, loader, batches))
+            with trainer.precision_plugin.forward_context():  # the dtype of the training steps
+                c1, c2 = tune_c1_c2(module.net, images(module, data, loader, batches))
         except ValueError as error:
             raise InputError(f"C1 and C2 cannot be tuned: {one_line(error)}") from error
         for given in (c1, c2):
