@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.util
 import os
 import re
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ from typing import NoReturn
 
 from ..errors import InputError, UnsupportedModelError
 
-__all__ = ["Parser", "nearest", "need", "one_line", "rank", "report"]
+__all__ = ["Parser", "nearest", "one_line", "rank", "report"]
 
 # import name -> (distribution, extra that brings it)
 EXTRAS = {
@@ -44,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             word = unknown.group(1).split()[0].split("=")[0]
             options = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-            message = f"there is no option {word}{nearest(word, options)}" if word.startswith("-") else f"{message[13:]} is not expected"
+            message = f"there is no option {word}{nearest(word, options)}" if word.startswith("-") else f"{word!r} is not expected here"
         raise InputError(f"{message}; {self.prog} --help lists the options")
 
 
@@ -76,21 +75,6 @@ def rank() -> int:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return 0
-
-
-def need(extra: str) -> None:
-    """Raises where a package of an extra is missing, before anything is done.
-
-    Raises:
-        InputError: names the packages and what to type.
-    """
-    missing = [name for name, brings in EXTRAS.items() if brings == extra and importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"{_and(missing)} {'is' if len(missing) == 1 else 'are'} not installed: pip install 'fisnet_cuda[{extra}]'")
-
-
-def _and(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def report(error: BaseException) -> tuple[int, str]:

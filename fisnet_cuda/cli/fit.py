@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -308,8 +309,10 @@ def describe_model(module: Any, config: Any) -> str:
     if model.variant == "standard":
         return line + "the plain classifier (variant standard): masks are not used for training"
     epsilon = f"epsilon {model.eps}{' relative' if model.relative_eps else ''}"
-    tuned = f"C1, C2 tuned after {model.tune_epochs} epoch{'s' * (model.tune_epochs > 1)}" if model.tune_epochs else f"C1 {_short(model.c1)}, C2 {_short(model.c2)}"
-    return line + f"ISNet {model.variant}, {epsilon}, P {_short(model.P)}, d {model.d}; {tuned}"
+    ranges = f"C1 {_short(model.c1)}, C2 {_short(model.c2)}"
+    if model.tune_epochs:
+        ranges = f"C1 and C2 tuned after {model.tune_epochs} epoch{'s' * (model.tune_epochs > 1)} without the heatmap loss"
+    return line + f"ISNet {model.variant}, {epsilon}, P {_short(model.P)}, d {model.d}; {ranges}"
 
 
 # ---- the parser ------------------------------------------------------------------------------------------------------
@@ -386,7 +389,7 @@ def _printed_config(argv: Sequence[str]) -> str:
 
 def _with_settings_of_run(argv: list[str]) -> list[str]:
     """``--run X`` of a folder that holds a run: its settings come first, so that the rest of the command may be left out."""
-    given = [b for a, b in zip(argv, argv[1:]) if a == "--run"] + [a.partition("=")[2] for a in argv if a.startswith("--run=")]
+    given = [b for a, b in pairwise(argv) if a == "--run"] + [a.partition("=")[2] for a in argv if a.startswith("--run=")]
     config = Path(given[-1]) / "config.yaml" if given else None
     resume_elsewhere = any(a.split("=")[0] == "--resume" for a in argv)
     if config is None or resume_elsewhere or not config.is_file():

@@ -27,8 +27,9 @@ def run(args: argparse.Namespace) -> int:
     for name, value in found.items():
         if value in ("", []):
             continue
-        lines = value if isinstance(value, list) else [{True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value]
-        for index, line in enumerate(lines):
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        for index, line in enumerate(value if isinstance(value, list) else [value]):
             print(f"{name if index == 0 else '':<{width}}  {line}")
     return 0
 

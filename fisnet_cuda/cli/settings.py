@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from .. import nets
 from ..errors import InputError
 from .errors import nearest, one_line
 
@@ -49,6 +50,8 @@ def expand(argv: Sequence[str]) -> list[str]:
             out += AMP
         elif name in SHORT:
             out.append(SHORT[name] + equals + value)
+        elif out and out[-1] == "--model.backbone" and argument in nets.__all__:
+            out.append(f"fisnet_cuda.nets.{argument}")
         elif re.fullmatch(r"-b\d+", argument):
             out.append(f"{SHORT['-b']}={argument[2:]}")
         else:
@@ -95,8 +98,7 @@ class SettingsParser(LightningArgumentParser):
             key = ".".join(part for part in found.groups() if part)
             near = nearest(key, [option[2:] for option in self._options()])
             if not near and not found.group(1):  # a misspelt group: modle.lr
-                group, _, rest = key.partition(".")
-                near = nearest(group, self.groups)
+                near = nearest(key.split(".")[0], self.groups)
             return f"there is no setting {key}{near}{self._where()}"
         if found := re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.S):
             return self._wrong_value(*found.groups())
@@ -136,7 +138,15 @@ class SettingsParser(LightningArgumentParser):
 
 
 _HINTS = {"data.path": ": the folder, CSV, HDF5 or npz file with the images (see --help)"}
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null", dict: "a mapping", list: "a list"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    type(None): "null",
+    dict: "a mapping",
+    list: "a list",
+}
 
 
 def describe(hint: Any) -> str:
