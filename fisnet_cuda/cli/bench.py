@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 import fisnet_cuda
 
-from ..demo.progress import Progress
 from ..errors import InputError
 from ..files import write_json
+from ..progress import Progress
 from ..timing import interleaved
 from .nets import _positive, add_backbone_arguments, build
 
@@ -114,7 +114,7 @@ def text(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         line = f"{row['kind']:<16}{row['p20']:>8.2f}{row['p50']:>10.2f}{row['p80']:>10.2f}{row['ratio']:>9.2f}x"
         lines.append(line + (f"{row['peak_bytes'] / 2**20:>12.0f}" if gpu else ""))
-    lines += ["", "ratio: steps to the plain step, the heatmap to the forward; less is better (a step: forward, loss, backward, update)"]
+    lines += ["", "ratio: steps to the plain step, the heatmap to the forward; less is better (step: forward, loss, backward, update)"]
     lines += [f"medians of {result['rounds']} interleaved rounds; p20 to p80 is how far they scatter"]
     return "\n".join(lines)
 

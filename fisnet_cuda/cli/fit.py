@@ -364,10 +364,12 @@ _CALLBACK_SETTINGS: dict[str, tuple[Any, str]] = {
 
 
 def _core_arguments(parser: LightningArgumentParser) -> None:
-    parser.add_class_arguments(MaskedImageData, "data", skip={"seed"}, fail_untyped=False)
-    parser.add_class_arguments(ISNetModule, "model", skip={"seed"}, fail_untyped=False)
+    parser.add_class_arguments(MaskedImageData, "data", fail_untyped=False)
+    parser.add_class_arguments(ISNetModule, "model", fail_untyped=False)
     parser.add_class_arguments(Trainer, "trainer", skip=set(NOT_OFFERED), instantiate=False, fail_untyped=False, sub_configs=True)
     parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
+    parser.link_arguments("seed", "data.seed")
+    parser.link_arguments("seed", "model.seed")
     parser.link_arguments("data.spec", "model.spec", apply_on="instantiate")
 
 

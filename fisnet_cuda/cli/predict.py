@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..demo.progress import Progress
 from ..errors import InputError
 from ..files import atomic
+from ..progress import Progress
 from .console import quiet, say, settings_kept
 from .runs import add_run_arguments, device_of, open_run
 

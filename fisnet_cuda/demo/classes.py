@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import fisnet_cuda as fc
 from fisnet_cuda.demo.nets import small_net
-from fisnet_cuda.demo.progress import Progress
+from fisnet_cuda.progress import Progress
 from fisnet_cuda.timing import interleaved
 
 PLAIN = "plain"
