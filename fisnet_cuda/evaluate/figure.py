@@ -33,8 +33,15 @@ def evaluation_figure(runs: Sequence[RunResult], path: str | Path) -> Path:
     Returns:
         ``path``.
     """
+    with atomic(path) as temporary:
+        draw(runs).savefig(temporary, dpi=130, format="png")
+    return Path(path)
+
+
+def draw(runs: Sequence[RunResult]) -> Figure:
+    """The figure itself."""
     names = list(dict.fromkeys(name for run in runs for name in run.subsets))
-    panels = [draw for draw, value in _PANELS if any(_any(value, run) for run in runs)]
+    panels = [panel for panel, value in _PANELS if any(_any(value, run) for run in runs)]
     row = 0.3 + 0.2 * len(runs)  # inches a subset
     labels = 0.35 + 0.085 * max(len(_wrap(name).split("\n")[0]) for name in names)
     top, bottom = 1.3 + 0.24 * ((len(runs) + 2) // 3 if len(runs) > 1 else 0), 0.62
@@ -42,8 +49,8 @@ def evaluation_figure(runs: Sequence[RunResult], path: str | Path) -> Path:
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     figure.subplots_adjust(left=labels / width, right=1 - 0.2 / width, top=1 - top / height, bottom=bottom / height, wspace=0.14)
-    for ax, draw in zip(axes, panels):
-        draw(ax, runs, names)
+    for ax, panel in zip(axes, panels):
+        panel(ax, runs, names)
         _frame(ax, names)
     axes[0].set_yticks(range(len(names)), [_label(name, runs) for name in names], fontsize=10)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
@@ -71,9 +78,7 @@ def evaluation_figure(runs: Sequence[RunResult], path: str | Path) -> Path:
             fontsize=10,
             borderaxespad=0,
         )
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    return Path(path)
+    return figure
 
 
 def _accuracy(ax: Axes, runs: Sequence[RunResult], names: Sequence[str]) -> None:
@@ -107,7 +112,7 @@ def _faithful(ax: Axes, runs: Sequence[RunResult], names: Sequence[str]) -> None
     _dots(ax, runs, names, lambda s: None if s.insertion is None else s.insertion.insertion_gain, 1, -0.24)
     _dots(ax, runs, names, lambda s: None if s.insertion is None else s.insertion.deletion_gain, 1, 0.24, hollow=True)
     ax.axvline(0, color=_GREY, lw=1.2, ls=(0, (2, 2)), zorder=1)
-    _titles(ax, "Faithfulness of the heatmaps", "gain over random order; more is better →", "filled: insertion, hollow: deletion")
+    _titles(ax, "Faithfulness of the heatmaps", "gain over random; more is better →", "filled: insertion, hollow: deletion")
     ax.margins(x=0.12)
 
 

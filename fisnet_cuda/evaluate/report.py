@@ -100,6 +100,26 @@ class Evaluation:
         parts += ["## How it was measured", _methods(self)]
         return "\n\n".join(parts) + "\n"
 
+    def summary(self) -> str:
+        """The verdict and the main numbers, narrow enough for a terminal."""
+        head = ["subset", "run", "n", "accuracy % ↑", "AUC % ↑", "background share % ↓"]
+        rows = [
+            [
+                name,
+                run.name,
+                str(s.classification.n),
+                s.classification.accuracy.percent(),
+                s.classification.auc_macro.percent(),
+                _share(s),
+            ]
+            for name in dict.fromkeys(name for run in self.runs for name in run.subsets)
+            for run in self.runs
+            if (s := run.subsets.get(name)) is not None
+        ]
+        if len(self.runs) == 1:
+            head, rows = head[:1] + head[2:], [row[:1] + row[2:] for row in rows]
+        return "\n\n".join([table(head, rows, len(head) - 4), *self.verdicts()])
+
     def figure(self, path: str | Path) -> Path:
         """Draws accuracy, AUC, background share and insertion / deletion of every subset and run as a PNG."""
         from .figure import evaluation_figure
@@ -175,6 +195,10 @@ def _main_row(s: SubsetResult, masks: bool, faithful: bool) -> list[str]:
             else [i.insertion.text(2), f"{i.insertion_random.value:.2f}", i.deletion.text(2), f"{i.deletion_random.value:.2f}"]
         )
     return row
+
+
+def _share(s: SubsetResult) -> str:
+    return "-" if s.attention is None else s.attention.share.percent()
 
 
 def _difference_table(rows: Sequence[Difference], first: str) -> str:

@@ -111,16 +111,20 @@ def _subset(
 ) -> SubsetResult:  # fmt: skip
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     total = _count(batches)
-    shown = Progress(f"{run}: {name}"[:22], total) if progress and total else None
+    shown = Progress(_short(name), total) if progress and total else None
     found = collect(
         net, batches, len(spec.classes), device=device, tolerance=tolerance, keep=faithful.samples, seed=seed, name=name,
-        step=None if shown is None else lambda done: shown.update(min(done, total), f"{done} images"),
+        step=None if shown is None else lambda done: shown.update(min(done, total), f"{run}: {done} images"),
     )  # fmt: skip
     answered = classification(found.logits, found.labels, spec.classes, bootstrap, seed)
     looked = attention(found, bootstrap, seed)
-    inserted = _insertion(net, spec, found, f"{run}: {name}, pixels"[:22], faithful, bootstrap, seed, device, progress)
+    inserted = _insertion(net, spec, found, name, run, faithful, bootstrap, seed, device, progress)
     named = tuple(identity[int(i)] for i in found.index) if identity else ()
     return SubsetResult(name, answered, looked, inserted, replace(found, kept={}), named, tuple(notes))
+
+
+def _short(name: str, most: int = 22) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def _count(batches: Any) -> int:
@@ -136,12 +140,21 @@ def _count(batches: Any) -> int:
 
 @torch.no_grad()
 def _insertion(
-    net: Any, spec: Any, found: Collected, label: str, options: Options, bootstrap: int, seed: int, device: torch.device, progress: bool
+    net: Any,
+    spec: Any,
+    found: Collected,
+    name: str,
+    run: str,
+    options: Options,
+    bootstrap: int,
+    seed: int,
+    device: torch.device,
+    progress: bool,
 ) -> Insertion | None:
     places = list(found.kept)
     if not places:
         return None
-    shown = Progress(label, len(places)) if progress else None
+    shown = Progress(_short(name), len(places)) if progress else None
     predicted = torch.as_tensor(found.predicted[places])
     parts: list[dict[str, Tensor]] = []
     # a generator for each image, so that the order does not hang on the batch size
@@ -155,7 +168,7 @@ def _insertion(
 
         def step(done: int, start: int = start) -> None:
             if shown is not None:
-                shown.update(start + done, "insertion and deletion")
+                shown.update(start + done, f"{run}: insertion and deletion")
 
         parts.append(curves(net, x, R, target, spec, options, orders, step))
     whole = {key: torch.cat([part[key] for part in parts]) for key in CURVES}
