@@ -43,7 +43,7 @@ def draw(runs: Sequence[RunResult]) -> Figure:
     names = list(dict.fromkeys(name for run in runs for name in run.subsets))
     panels = [panel for panel, value in _PANELS if any(_any(value, run) for run in runs)]
     row = 0.3 + 0.2 * len(runs)  # inches a subset
-    labels = 0.35 + 0.085 * max(len(_wrap(name).split("\n")[0]) for name in names)
+    labels = 0.35 + 0.085 * max(len(line) for name in names for line in _label(name, runs).split("\n"))
     top, bottom = 1.3 + 0.24 * ((len(runs) + 2) // 3 if len(runs) > 1 else 0), 0.62
     width, height = labels + 2.95 * len(panels), max(0.8, row * len(names)) + top + bottom
     figure = Figure(figsize=(width, height))

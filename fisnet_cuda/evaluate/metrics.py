@@ -235,9 +235,10 @@ def auc_scores(logits: Floats) -> Floats:
         return logits.copy()
     scores = np.empty_like(logits)
     for c in range(classes):
-        others = np.delete(logits, c, 1)
-        top = others.max(1, keepdims=True)
-        scores[:, c] = logits[:, c] - (top[:, 0] + np.log(np.exp(others - top).sum(1)))
+        # sorted, and relative to the largest first: equal probabilities get equal scores, down to the last bit
+        others = np.sort(np.delete(logits, c, 1), 1)
+        top = others[:, -1:]
+        scores[:, c] = (logits[:, c] - top[:, 0]) - np.log(np.exp(others - top).sum(1))
     return scores
 
 

@@ -1,0 +1,137 @@
+"""`evaluate` on a small ISNet: one pass, whatever the batches."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fisnet_cuda as fc
+from fisnet_cuda.data.spec import InputSpec
+from fisnet_cuda.errors import InputError
+from fisnet_cuda.evaluate import Options, evaluate
+from fisnet_cuda.evaluate.attention import background_share
+from fisnet_cuda.evaluate.collect import collect
+
+SPEC = InputSpec((8, 8), 1, ("a", "b"))
+FEW = Options(samples=5, steps=4)
+
+
+def module(variant="selective"):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    return SimpleNamespace(net=fc.ISNet(model, variant=variant), spec=SPEC)
+
+
+def batches(size=4, n=14):
+    """Sample 3 has no mask, 5 an empty one, 7 a full one."""
+    generator = torch.Generator().manual_seed(1)
+    data = {"image": torch.rand(n, 1, 8, 8, generator=generator), "label": torch.arange(n) % 2, "index": torch.arange(n) + 100}
+    data["mask"] = torch.zeros(n, 1, 8, 8)
+    data["mask"][:, :, 2:6, 3:7] = 1
+    data["mask"][[3, 5]], data["mask"][7] = 0, 1
+    data["has_mask"] = torch.arange(n) != 3
+    return [{key: value[i : i + size] for key, value in data.items()} for i in range(0, n, size)]
+
+
+@pytest.mark.parametrize("variant", ["selective", "dual", "original"])
+def test_the_predicted_class_is_explained_by_the_nets_own_rules(variant):
+    one = module(variant)
+    one.net.eval()
+    found = collect(one.net, batches(14), 2)
+    (batch,) = batches(14)
+    with torch.no_grad():
+        logits = one.net(batch["image"])
+        R = one.net(batch["image"], relevance=True, target=logits.argmax(1)).heatmaps[:, 0]
+    want = background_share(R, batch["mask"]).numpy()
+    used = found.mask == "used"
+    assert found.mask[[3, 5, 7]].tolist() == ["none", "empty", "full"]
+    assert used.sum() == 11
+    assert found.share[used] == pytest.approx(want[used], abs=1e-5)
+    assert np.isnan(found.share[~used]).all()
+    assert found.logits == pytest.approx(logits.double().numpy())
+    assert found.area[used] == pytest.approx(0.75)
+
+
+def test_batches_make_no_difference_and_nothing_is_left_changed():
+    one = module()
+    one.net.train()
+    one.net.model[1].eval()  # one that the user froze
+    before = {key: value.clone() for key, value in one.net.state_dict().items()}
+    a, b = (
+        evaluate(one, {"test": batches(size)}, bootstrap=100, faithful=FEW).to_dict()["runs"][0]["subsets"]["test"] for size in (3, 14)
+    )
+    assert [part.training for part in one.net.model] == [True, False, True, True, True, True]
+    assert all(torch.equal(value, before[key]) for key, value in one.net.state_dict().items())
+
+    def compare(x, y):
+        if isinstance(x, dict):
+            assert x.keys() == y.keys()
+            for key in x:
+                compare(x[key], y[key])
+        elif isinstance(x, list):
+            for u, v in zip(x, y):
+                compare(u, v)
+        else:
+            assert x == (pytest.approx(y, abs=1e-5, nan_ok=True) if isinstance(x, float) else y)
+
+    compare(a, b)
+    assert a["insertion_deletion"]["n"] == 5
+    assert a["attention"]["left_out"] == {"without_mask": 1, "mask_without_foreground": 1, "mask_without_background": 1}
+
+
+def test_samples_for_insertion_hang_on_the_seed():
+    one = module()
+    one.net.eval()
+    kept = [set(collect(one.net, batches(), 2, keep=5, seed=seed).kept) for seed in (0, 0, 1)]
+    assert kept[0] == kept[1] != kept[2]
+    found = collect(one.net, batches(), 2, keep=5)
+    (everything,) = batches(14)
+    assert all(torch.equal(image, everything["image"][place]) for place, image in found.kept.items())
+    assert len(collect(one.net, batches(), 2, keep=99).kept) == 14
+
+
+def test_without_masks_and_without_labels():
+    plain = [{key: value for key, value in batch.items() if "mask" not in key} for batch in batches()]
+    subset = evaluate(module(), {"test": plain}, bootstrap=100, faithful=Options(samples=0)).runs[0].subsets["test"]
+    assert subset.attention is None
+    assert subset.insertion is None
+    unlabelled = [{**batch, "label": torch.full_like(batch["label"], -1)} for batch in batches()]
+    whole = evaluate(module(), {"test": unlabelled}, bootstrap=100, faithful=FEW)
+    subset = whole.runs[0].subsets["test"]
+    assert subset.classification.n == 0
+    assert subset.attention.n == 11
+    assert "no image has a label" in whole.markdown()
+
+
+@pytest.mark.parametrize(
+    ("loaders", "options", "words"),
+    [
+        ({"test": []}, {}, "test has no images"),
+        ({}, {}, "there is no subset"),
+        ({"test": batches()}, {"bootstrap": 10}, "at least 100"),
+        ({"test": batches()}, {"tolerance": -1}, "tolerance"),
+    ],
+)
+def test_what_cannot_be_evaluated(loaders, options, words):
+    with pytest.raises(InputError, match=words):
+        evaluate(module(), loaders, **options)
+
+
+def test_a_diverged_network_and_one_of_other_classes_are_refused():
+    broken = module()
+    broken.net.model[-1].weight.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="not finite for 14 of 14 images of test"):
+        evaluate(broken, {"test": [{k: v for k, v in b.items() if "mask" not in k} for b in batches()]}, faithful=Options(samples=0))
+    other = SimpleNamespace(net=module().net, spec=InputSpec((8, 8), 1, ("a", "b", "c")))
+    with pytest.raises(InputError, match="2 outputs and the data have 3 classes"):
+        evaluate(other, {"test": batches()})
+
+
+def test_progress_goes_to_standard_error(capsys):
+    evaluate(module(), {"a set of a very long name": batches()}, name="net", bootstrap=100, faithful=FEW, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "14 images" in err
+    assert "insertion and deletion" in err
