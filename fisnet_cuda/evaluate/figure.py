@@ -114,6 +114,7 @@ def _faithful(ax: Axes, runs: Sequence[RunResult], names: Sequence[str]) -> None
     ax.axvline(0, color=_GREY, lw=1.2, ls=(0, (2, 2)), zorder=1)
     _titles(ax, "Faithfulness of the heatmaps", "gain over random; more is better →", "filled: insertion, hollow: deletion")
     ax.margins(x=0.12)
+    ax.locator_params(axis="x", nbins=5)
 
 
 _PANELS: tuple[tuple[Callable[[Axes, Sequence[RunResult], Sequence[str]], None], Value], ...] = (

@@ -379,9 +379,10 @@ def classification(
         _resampled(labels, predicted, scores, defined, C, resamples, auc_resamples, seed) if n else (np.zeros(0), np.zeros((0, 0)))
     )
     per_class = dict(zip(defined, aucs.T))
-    perfect = [text for text, seen, point in (("macro-F1", f1s, f1), ("AUC", aucs, macro)) if point == 1 and seen.size]
-    if perfect:
-        notes.append(f"{' and '.join(perfect)} without an interval: a bootstrap of {n} faultless answers never errs (see accuracy's)")
+    same = [text for text, seen in (("macro-F1", f1s), ("AUC", aucs)) if seen.size and np.ptp(seen) == 0]
+    if same:
+        why = "all answers are right" if macro == 1 and f1 == 1 else "all resamples agree"
+        notes.append(f"{' and '.join(same)} without an interval: {why}, which tells a bootstrap nothing (see that of accuracy)")
     return Classification(
         n=n,
         unlabelled=unlabelled,

@@ -177,7 +177,10 @@ def _main_table(runs: Sequence[RunResult]) -> str:
     if faithful:
         n = sorted({s.insertion.n for s in subsets if s.insertion})
         images = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}"
-        under.append(f"Insertion and deletion from {images} images a subset; *random*: pixels in random order.")
+        under.append(
+            f"Insertion and deletion from {images} images a subset; *random*: pixels in random order. They tell how well heatmaps "
+            "explain the answers, not whether the reasons are good ones."
+        )
     return text + ("\n\n" + " ".join(under) if under else "")
 
 
@@ -211,7 +214,10 @@ def _difference_table(rows: Sequence[Difference], first: str) -> str:
 
 
 def _signed(e: Any) -> str:
-    return f"{100 * e.value:+.1f} ({100 * e.low:+.1f} to {100 * e.high:+.1f})" if e.known else "-"
+    if not e.known:
+        return "-"
+    interval = f" ({100 * e.low:+.1f} to {100 * e.high:+.1f})" if e.low == e.low else ""
+    return f"{100 * e.value:+.1f}{interval}"
 
 
 def _notes(runs: Sequence[RunResult]) -> str:

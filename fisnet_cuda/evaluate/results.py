@@ -227,9 +227,9 @@ def leaves(run: RunResult) -> list[SubsetResult]:
 
 
 def reference(subsets: Sequence[SubsetResult]) -> SubsetResult:
-    """What the others are compared with: the subset that looks like the training data by its name, else the first."""
+    """What the others are compared with: the subset that looks like the training data by its name, else the largest."""
     usual = [s for s in subsets if _USUAL.search(s.name) and not _BROKEN.search(s.name)]
-    return (usual or list(subsets))[0]
+    return max(usual or subsets, key=lambda s: s.classification.n)
 
 
 def verdict(run: RunResult) -> str:
@@ -242,11 +242,15 @@ def verdict(run: RunResult) -> str:
         return "no image has a label: nothing to compare."
     base = reference(subsets)
     others = [s for s in subsets if s is not base]
-    parts = [_accuracy_text(base, others)]
+    accuracy, guessing = base.classification.accuracy, base.classification.guessing
+    if accuracy.low <= guessing:
+        parts = [
+            f"accuracy {_pc(accuracy.value)} ({base.name}) is not shown to be better than always answering the most frequent class "
+            f"({_pc(guessing)}): there is nothing that could fall."
+        ]
+    else:
+        parts = [_accuracy_text(base, others)]
     fell = parts[0].startswith("accuracy falls")
-    guessing = base.classification.guessing
-    if base.classification.accuracy.low <= guessing:
-        parts.append(f"On {base.name} it is not shown to be better than always answering the most frequent class ({_pc(guessing)}).")
     look = _attention_text(subsets, base, fell)
     return " ".join([*parts, *([look] if look else [])])
 
@@ -268,8 +272,8 @@ def _accuracy_text(base: SubsetResult, others: Sequence[SubsetResult]) -> str:
             amount = "uses the background" if gap.value < -0.1 else "uses the background a little"
             return f"{text}: the net {amount} (or whatever else tells {base.name} from {worst.name})."
         return f"{text}: what it learned does not hold there, or these images are harder."
-    if gap.low > 0:
-        return f"accuracy holds: {here} and at least {there}."
+    if gap.value >= 0:
+        return f"accuracy holds: {here}, elsewhere at least {there}."
     far = max(0.0, -gap.low)
     if far <= 0.05:
         return f"accuracy holds: {here}, at the lowest {there}; a fall of more than {100 * far:.0f} points is ruled out."

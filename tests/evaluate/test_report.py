@@ -55,11 +55,14 @@ def test_a_fall_where_the_shortcut_is_broken_is_the_background():
     ("subsets", "words"),
     [
         ([("biased", 400, 0.97), ("hospital B", 400, 0.8)], "does not hold there, or these images are harder"),
-        ([("biased", 4000, 0.95), ("unbiased", 4000, 0.95)], "accuracy holds: 95 % (biased), at the lowest 95 % (unbiased)"),
+        ([("biased", 4000, 0.95), ("unbiased", 4000, 0.945)], "accuracy holds: 95 % (biased), at the lowest 94 % (unbiased)"),
         ([("biased", 30, 0.9), ("unbiased", 30, 0.87)], "no fall of accuracy is shown"),
-        ([("biased", 200, 0.7), ("unbiased", 200, 0.9)], "accuracy holds: 70 % (biased) and at least 90 % (unbiased)"),
+        ([("biased", 200, 0.7), ("unbiased", 200, 0.9)], "accuracy holds: 70 % (biased), elsewhere at least 90 % (unbiased)"),
         ([("test", 200, 0.9)], "one subset alone cannot tell"),
-        ([("test", 50, 0.55)], "not shown to be better than always answering the most frequent class (50 %)"),
+        (
+            [("test", 50, 0.55)],
+            "not shown to be better than always answering the most frequent class (50 %): there is nothing that could fall",
+        ),
     ],
 )
 def test_verdicts(subsets, words):
@@ -75,7 +78,7 @@ def test_what_is_compared():
     net = run(subset("test"), subset("test/a"), subset("test/b"), subset("c"))
     assert [s.name for s in leaves(net)] == ["test/a", "test/b", "c"]
     assert reference([subset("unbiased"), subset("test/biased")]).name == "test/biased"
-    assert reference([subset("x"), subset("confounded")]).name == "x"
+    assert reference([subset("x", 90), subset("external", 200), subset("y", 20)]).name == "external"
 
 
 def test_runs_on_the_same_images_are_compared_by_image():
@@ -139,6 +142,13 @@ def test_figure_can_be_read(count, runs):
         extents = [t.get_window_extent() for t in row]
         assert len(extents) == 4
         assert all(a.x1 < b.x0 for a, b in pairwise(extents))
+
+
+def test_no_nan_is_printed():
+    a, b = run(subset("test"), name="a"), run(subset("test"), name="b")  # the differences are 0 for every image
+    text = Evaluation((a, b)).markdown()
+    assert "+0.0" in text
+    assert "nan" not in text.lower()
 
 
 def test_panels_without_numbers_are_left_out():
