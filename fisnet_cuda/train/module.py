@@ -394,7 +394,10 @@ class ISNetModule(pl.LightningModule):
         there = self._trainer is not None and any(isinstance(callback, TuneC1C2) for callback in self._trainer.callbacks)
         return [TuneC1C2()] if self.hparams["tune_epochs"] > 0 and not there else []
 
-    def on_train_epoch_start(self) -> None:  # not called when resuming in mid-epoch: the sums are those of the checkpoint
+    def on_train_epoch_start(self) -> None:
+        self._start_means()
+
+    def _start_means(self) -> None:
         for mean in self.train_means.values():
             mean.reset()
 
@@ -412,7 +415,11 @@ class ISNetModule(pl.LightningModule):
             raise RuntimeError(f"lightning {pl.__version__} did not announce batch {batch_idx} of epoch {self.current_epoch} before "
                                f"its augmentation, so no resume would be exact: please report this")  # fmt: skip
         self.reseed(STEP, self.current_epoch, batch_idx)
-        self.loss.set_epoch(self.current_epoch)  # here, as on_train_epoch_start is not called when resuming in mid-epoch
+        # on_train_epoch_start is not called when resuming in mid-epoch, nor when resuming right behind an epoch's last batch: in the
+        # first case the sums are those of this epoch and go on, in the second they are of the one before
+        if self.loss.epoch != self.current_epoch:
+            self._start_means()
+        self.loss.set_epoch(self.current_epoch)
 
     def on_validation_epoch_start(self) -> None:
         self.val_scores.reset()
