@@ -162,6 +162,7 @@ class ISNetModule(pl.LightningModule):
         self.net = self._make_net(model, settings)
         self._class_weights: list[float] | None = class_weights if isinstance(class_weights, list) else None
         self.classification = _Classification(label_smoothing, self._class_weights)
+        self._logged = -1  # epoch whose means Lightning knows of
         self._seeded: tuple[int, int] | None = None  # epoch and batch that the random state is set for
         self._tuned: dict[str, dict[str, list[float]]] | None = None
         self._set_loss(c1, c2)
@@ -335,9 +336,12 @@ class ISNetModule(pl.LightningModule):
         noted = {"loss": (total, samples), "classification": (parts.classification, labelled), "accuracy": (accuracy, labelled)}
         if heatmaps:
             noted.update({name: (getattr(parts, name), with_mask) for name in HEATMAP_TERMS})
-        for name, (value, weight) in noted.items():
-            self.train_means[name].update(value, weight)
-            self.log(f"train/{name}", self.train_means[name], on_step=False, on_epoch=True)
+        means = [self.train_means[name] for name in noted]
+        Mean.update_all(means, [value.float() for value, _ in noted.values()], [weight for _, weight in noted.values()])
+        if self._logged != self.current_epoch:  # once an epoch: Lightning asks a logged metric for its value at the end
+            self._logged = self.current_epoch
+            for name, mean in zip(noted, means):
+                self.log(f"train/{name}", mean, on_step=False, on_epoch=True)
 
     def _evaluate(self, batch: Mapping[str, Tensor], scores: Scores) -> None:
         x, labels = self._input(batch["image"]), batch["label"]
@@ -396,6 +400,9 @@ class ISNetModule(pl.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self._start_means()
+
+    def on_train_start(self) -> None:
+        self._logged = -1
 
     def _start_means(self) -> None:
         for mean in self.train_means.values():

@@ -128,25 +128,25 @@ def test_the_host_looks_only_every_so_many_steps(monkeypatch):
     for name in ("__bool__", "__int__", "__float__", "item", "tolist"):
         monkeypatch.setattr(torch.Tensor, name, _forbidden(name, getattr(torch.Tensor, name)))
     model = ISNetModule(SPEC, backbone="tiny_training.net")
-    with _forbid():
+    with _Forbid():
         for step in range(6):
             guard._watch(torch.tensor(1.0), model, step)
     assert looks == []
 
 
-class _forbid:
+class _Forbid:
     active = False
 
     def __enter__(self):
-        _forbid.active = True
+        _Forbid.active = True
 
     def __exit__(self, *args):
-        _forbid.active = False
+        _Forbid.active = False
 
 
 def _forbidden(name, method):
     def call(self, *args):
-        assert not _forbid.active, f"{name} waits for the device"
+        assert not _Forbid.active, f"{name} waits for the device"
         return method(self, *args)
 
     return call
