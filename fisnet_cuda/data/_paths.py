@@ -13,7 +13,9 @@ from typing import NamedTuple
 from ..errors import InputError
 
 IMAGE_SUFFIXES = frozenset(
-    [".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".webp", ".pgm", ".ppm", ".pbm", ".pnm", ".jp2", ".j2k", ".npy"]
+    f".{suffix}"
+    for suffix in ("png", "jpg", "jpeg", "jpe", "jfif", "bmp", "dib", "tif", "tiff", "gif", "webp")
+    + ("pgm", "ppm", "pbm", "pnm", "jp2", "j2k", "npy")
 )
 IMAGE_FOLDERS = frozenset(("images", "image", "imgs", "img"))
 MASK_FOLDERS = frozenset(("masks", "mask", "segmentations", "segmentation", "segs", "seg", "annotations"))

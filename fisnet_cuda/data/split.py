@@ -38,8 +38,8 @@ def split(
         listing: the samples.
         fractions: shares of train, val and test; sum 1. A split of share 0 stays empty unless it is declared.
         seed: another seed, another draw.
-        keep_groups: a group (a patient) is never torn apart: all of it goes to one split, the one that is declared for any of it. Shares
-            are met as nearly as the groups' sizes allow.
+        keep_groups: a group (a patient) is not torn apart but where the data declare it so: all of it goes to one split, the one that
+            is declared for any of it. Shares are met as nearly as the groups' sizes allow.
 
     Returns:
         A split a sample, in the listing's order.
@@ -69,7 +69,7 @@ def split(
     if keep_groups and declared:
         fixed = _fixed(samples, labelled, open_)
         for i in pool:
-            splits[i] = fixed.get(samples[i].group, "")
+            splits[i] = samples[i].split or fixed.get(samples[i].group, "")
         pool = [i for i in pool if samples[i].group not in fixed]
     # names decide, not the order in which samples are listed
     pool.sort(key=lambda i: samples[i].name)
