@@ -6,6 +6,7 @@ import difflib
 import math
 import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 
-from ..errors import InputError
+from ..errors import FisnetWarning, InputError
 from ..files import atomic
 from .resume import tuning
 
@@ -97,9 +98,32 @@ class Checkpoints(Checkpoint):
         """What ``ckpt_path="best"`` means to Lightning; empty if there is none."""
         return str(self.run / "best.ckpt") if self.best else ""
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See that there is the best.ckpt of which the checkpoint knows that is resumed from; it may be in another run's folder."""
+        if self.best is None:
+            return
+        there = None
+        if trainer.is_global_zero:
+            mine, other = self.run / "best.ckpt", Path(trainer.ckpt_path or self.run).parent / "best.ckpt"
+            there = next((path for path in (mine, other) if _epoch(path) == self.best["epoch"]), None)
+            if there == other != mine:
+                with atomic(mine) as copy:
+                    shutil.copyfile(other, copy)
+        if trainer.strategy.broadcast(there is None):
+            warnings.warn(
+                f"{self.run / 'best.ckpt'} is not that of epoch {self.best['epoch']}, which was the best so far: of the epochs from here "
+                "on the best will be kept",
+                FisnetWarning,
+                stacklevel=2,
+            )
+            self.best = None
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start counting steps and minutes."""
+        """Start counting steps and minutes; remove what a run that was killed while it saved has left."""
         self._time, self._step = time.monotonic(), trainer.global_step
+        if trainer.is_global_zero:
+            for left in (*self.run.glob(".last-*.ckpt"), *self.run.glob(".best-*.ckpt")):
+                left.unlink(missing_ok=True)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -177,6 +201,13 @@ class Checkpoints(Checkpoint):
         """Go on comparing with the best so far, if it is that of the same metric."""
         if (state_dict["monitor"], state_dict["mode"]) == (self.monitor, self.mode):
             self.best, self._value = state_dict["best"], state_dict["value"]
+
+
+def _epoch(path: Path) -> int | None:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["epoch"]
+    except Exception:  # not there, or not a checkpoint: either way it is not the one
+        return None
 
 
 def _validation_due(trainer: pl.Trainer, batches: int) -> bool:

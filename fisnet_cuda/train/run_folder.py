@@ -48,11 +48,12 @@ class RunFolder(Checkpoint):
         return str(best) if best.exists() else ""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write what is known before training."""
+        """Write what is known before training, and drop the rows of epochs that come again."""
         data = getattr(trainer, "datamodule", None)
         if not trainer.is_global_zero:
             return
         make_folder(self.run)
+        self._write(trainer)
         if hasattr(data, "report"):
             write_text(self.run / "data_report.md", f"{data.report}\n")
             write_json(self.run / "data_report.json", data.report.to_dict())
@@ -62,11 +63,10 @@ class RunFolder(Checkpoint):
             write_manifest(self.run / "split.csv", data.listing, data.splits, data.store.hashes)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock; drop the rows of epochs that come again."""
+        """Start the clock."""
         self._start = self._begun = time.monotonic()
         self._open = True
         self._earlier = sum(row["seconds"] for row in self.rows) + self._spent
-        self._write(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the epoch's clock; not called when an epoch is resumed in its middle."""

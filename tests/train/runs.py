@@ -76,7 +76,9 @@ def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 class Data(pl.LightningDataModule):
     """What the callbacks use of a MaskedImageData, on made images."""
 
-    def __init__(self, n: int = 26, n_val: int = 10, batch_size: int = 4, workers: int = 0, noise: float = 0.1, all_masks: bool = False) -> None:
+    def __init__(
+        self, n: int = 26, n_val: int = 10, batch_size: int = 4, workers: int = 0, noise: float = 0.1, all_masks: bool = False
+    ) -> None:
         super().__init__()
         self.batch_size, self.workers, self.noise = batch_size, workers, noise
         self.sets = {"train": Subset(n, 1, all_masks), "val": Subset(n_val, 2, all_masks)}
@@ -89,7 +91,8 @@ class Data(pl.LightningDataModule):
         return {"rank": self.trainer.global_rank, "world": self.trainer.world_size} if self.trainer else {}
 
     def _loader(self, name: str, batches: EpochBatches, workers: int = 0) -> EpochLoader:
-        return EpochLoader(self.sets[name], batches, whole_batch, num_workers=workers)
+        options = {"num_workers": workers, "multiprocessing_context": "fork"} if workers else {}
+        return EpochLoader(self.sets[name], batches, whole_batch, **options)
 
     def subset(self, name: str) -> Subset:
         return self.sets[name]

@@ -10,8 +10,8 @@ import torch
 
 from tests.train.runs import differences, metrics, state, train
 
-# no draws that depend on the process (augmentation, dropout, Stochastic's class) and no BatchNorm, whose statistics are of the own batch.
-# Every sample has a mask: Lightning and DDP average over processes, the loss over the masks of each
+# No draws that depend on the process (augmentation, dropout, Stochastic's class), and no BatchNorm, whose statistics are of the own
+# batch. Every sample has a mask: the loss is a mean over the masks of a batch, and Lightning and DDP average these means.
 SAME = {
     "module": {"variant": "selective", "backbone_args": {"norm": False, "dropout": 0.0}, "weight_decay": 1e-3},
     "callbacks": {"checkpoint_every_steps": 2, "ema": 0.8},

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import time
+
 import pytest
 
-from tests.train.runs import differences, metrics, state, train
+from tests.train.runs import Job, differences, metrics, start, state, train
 
 FULL = {
     "module": {"variant": "stochastic", "tune_epochs": 1, "schedule": "cosine", "warmup_steps": 2},
@@ -55,3 +58,38 @@ def check(whole, killed):
 )
 def test_killed_and_resumed_is_the_same(whole, tmp_path, name, kills):
     check(whole(name), train(tmp_path / "killed", kills=tuple(kills), **SETTINGS[name]))
+
+
+def test_killed_from_outside_at_any_time(whole, tmp_path):
+    run = tmp_path / "killed"
+    for wait in (0.0, 0.07, 0.21):
+        process = start(Job(run, **FULL))
+        while process.is_alive() and not (run / "last.ckpt").exists():
+            time.sleep(0.005)
+        time.sleep(wait)
+        process.kill()
+        process.join()
+        for name in ("last.ckpt", "best.ckpt"):  # whole or not there
+            if (run / name).exists():
+                assert state(run, name)["global_step"] > 0
+    check(whole("full"), train(run, **FULL))
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
+
+
+def test_resumed_from_an_earlier_checkpoint_into_another_folder(whole, tmp_path):
+    source = whole("full")
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(source / "best.ckpt", other / "last.ckpt")
+    train(other, **FULL)
+    assert metrics(other) == metrics(source)
+    assert differences(state(source), state(other)) == []
+
+
+def test_more_epochs_go_on_as_if_there_had_been_more(tmp_path):
+    options = {"module": {"variant": "selective"}, "callbacks": {"ema": 0.9}}
+    long = train(tmp_path / "long", trainer={"max_epochs": 3}, **options)
+    short = train(tmp_path / "short", trainer={"max_epochs": 2}, **options)
+    assert [row["epoch"] for row in metrics(short)] == ["0", "1"]
+    train(short, trainer={"max_epochs": 3}, **options)
+    check(long, short)
