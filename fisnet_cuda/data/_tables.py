@@ -258,9 +258,7 @@ def _resolve(
     return Found(entries, root, form, None, left, ignored)
 
 
-def _match_folder(
-    entries: list[Entry], folder: Path, image_roots: list[Path], mask_suffix: str
-) -> tuple[list[str], list[str]]:
+def _match_folder(entries: list[Entry], folder: Path, image_roots: list[Path], mask_suffix: str) -> tuple[list[str], list[str]]:
     files, ignored = walk(folder)
     mask_files = [_mask_file(folder, file) for file in files]
     if not mask_files:

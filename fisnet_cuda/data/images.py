@@ -19,7 +19,18 @@ from ._paths import missing, shown
 from .samples import ArrayItem, Sample
 from .spec import InputSpec
 
-__all__ = ["MASK_KINDS", "Facts", "MaskRead", "Pixels", "SampleRead", "close_files", "read_image", "read_mask", "read_pixels", "read_sample"]
+__all__ = [
+    "MASK_KINDS",
+    "Facts",
+    "MaskRead",
+    "Pixels",
+    "SampleRead",
+    "close_files",
+    "read_image",
+    "read_mask",
+    "read_pixels",
+    "read_sample",
+]
 
 MASK_KINDS = {
     "binary": "two values; the higher is foreground",
@@ -363,7 +374,9 @@ def _eight_bits(values: np.ndarray, window: tuple[float, float] | None, name: st
     low, high = values.min().item(), values.max().item()
     if values.dtype.kind == "f":
         if low < -1e-6 or high > 1 + 1e-6:
-            raise InputError(f"{name} holds floats from {low:.4g} to {high:.4g}: say which are black and white, window=[{low:.4g}, {high:.4g}]")
+            raise InputError(
+                f"{name} holds floats from {low:.4g} to {high:.4g}: say which are black and white, window=[{low:.4g}, {high:.4g}]"
+            )
         return values.clip(0, 1).astype(np.float32)
     if low < 0:
         raise InputError(f"{name} holds values from {low} to {high}: say which are black and white, window=[low, high]")
