@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import fisnet_cuda as fc
 from fisnet_cuda.demo.nets import small_net
-from fisnet_cuda.demo.progress import Progress
+from fisnet_cuda.progress import Progress
 
 PLAIN = "plain"
 VARIANTS = ("original", "selective", "stochastic", "dual")
