@@ -67,9 +67,11 @@ def load_run(path: str | Path, device: torch.device | str = "cpu", which: str = 
     checkpoint = _read(file)
     settings = {**checkpoint["hyper_parameters"], "weights": None}  # the start's weights are in the state_dict's place
     try:
-        # pretrained weights would be downloaded, or read, only to be replaced
-        settings["backbone_args"] = without_pretrained(settings["backbone_args"])
-        module = ISNetModule(**settings)
+        if settings["backbone"].startswith(("torchvision.", "timm.")):  # weights would be downloaded only to be replaced
+            settings["backbone_args"] = without_pretrained(settings["backbone_args"])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*its last layer .* was replaced", FisnetWarning)  # it has learned since
+            module = ISNetModule(**settings)
         module.load_state_dict(checkpoint["state_dict"])
         module.on_load_checkpoint(checkpoint)
     except InputError as error:

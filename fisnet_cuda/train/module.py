@@ -61,10 +61,20 @@ class ISNetModule(pl.LightningModule):
             ``{"rule": "gamma", "gamma": 0.25}`` or a name alone.
         supervise: names of layers whose inner maps are supervised, too.
         P: weight of the heatmap loss in [0, 1], or ``{epoch: P}`` that names epoch 0.
-        d, E, w1, w2, c1, c2, foreground, normalization, d_loss: of `ISNetLoss`; C1 and C2 are replaced when they are tuned.
+        d: decay of the background loss's GWRP over pixels, in [0, 1]; 0 = maximum, 1 = mean. Larger is steadier.
+        E: a background of E times the foreground's mean relevance has the activation 1/2.
+        w1: weight of the background loss.
+        w2: weight of the foreground loss.
+        c1: lower end of the natural range of a map's absolute relevance; replaced when it is tuned.
+        c2: its upper end; likewise.
+        foreground: what a map above c2 costs: "hybrid", "L2" or "L1".
+        normalization: of the background loss, "absRoIMean", "RoIMean" or "none".
+        d_loss: decay of the GWRP over layers, with ``supervise``.
         tune_epochs: so many epochs train the classifier alone, then C1 and C2 are set from its heatmaps (`TuneC1C2`).
         tune_batches: how many batches that uses, spread over the training split; None: all.
-        lr, momentum, weight_decay: of SGD.
+        lr: learning rate of SGD.
+        momentum: of SGD.
+        weight_decay: of SGD.
         schedule: of the learning rate: "none"; "cosine" to 0 at the last step; "step", a tenth of it from the middle of the steps
             on and a hundredth from three quarters on; "plateau", a tenth of it each time that val/loss has not fallen for 10 epochs.
         warmup_steps: the learning rate rises linearly to ``lr`` over so many optimizer steps.
@@ -273,7 +283,7 @@ class ISNetModule(pl.LightningModule):
         x = self._input(x.to(self.device))
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            self._reseed(EVALUATE, 0, 0)
+            torch.manual_seed(self._number(EVALUATE, 0, 0))
             if isinstance(target, str):
                 if target not in ("predicted", "label") or (target == "label" and labels is None):
                     raise InputError(f"target must be 'predicted', 'label' (with labels), classes or None, got {target!r}")
@@ -302,7 +312,7 @@ class ISNetModule(pl.LightningModule):
         else:
             out, masks, has_mask = self.net(x, relevance=True), batch["mask"], batch["has_mask"]
         P = self.loss.P_now
-        total, parts = self.loss(out, labels, masks, has_mask=has_mask)
+        total, parts = self._loss(out, labels, masks, has_mask)
         if masks is None and P > 0:  # the classifier alone, at its full weight
             with torch.autocast(total.device.type, enabled=False):
                 total = self.classification(out.logits.float(), labels)
@@ -310,6 +320,12 @@ class ISNetModule(pl.LightningModule):
             self._note_step(total, parts, out.logits, labels, masks is not None)
         self.log("loss", total.detach(), on_step=True, on_epoch=False, prog_bar=True, logger=False)
         return {"loss": total, "total": total.detach()}
+
+    def _loss(self, out: Any, labels: Tensor, masks: Tensor | None, has_mask: Tensor | None) -> tuple[Tensor, LossParts]:
+        try:
+            return self.loss(out, labels, masks, has_mask=has_mask)
+        except ValueError as error:  # what its checks of the first batch have found
+            raise InputError(one_line(error)) from error
 
     def _note_step(self, total: Tensor, parts: LossParts, logits: Tensor, labels: Tensor, heatmaps: bool) -> None:
         known = labels >= 0
@@ -329,7 +345,7 @@ class ISNetModule(pl.LightningModule):
             logits, terms, with_mask = self.net(x), None, batch["has_mask"].sum()
         else:
             out = self.net(x, relevance=True)
-            _, parts = self.loss(out, labels, batch["mask"], has_mask=batch["has_mask"])
+            _, parts = self._loss(out, labels, batch["mask"], batch["has_mask"])
             logits, with_mask = out.logits, parts.counts["with_mask"]
             terms = torch.stack([getattr(parts, name) for name in HEATMAP_TERMS])
         with torch.autocast(logits.device.type, enabled=False):
@@ -379,6 +395,9 @@ class ISNetModule(pl.LightningModule):
         return [TuneC1C2()] if self.hparams["tune_epochs"] > 0 and not there else []
 
     def on_train_epoch_start(self) -> None:
+        self._start_means()
+
+    def _start_means(self) -> None:
         for mean in self.train_means.values():
             mean.reset()
 
@@ -388,15 +407,19 @@ class ISNetModule(pl.LightningModule):
         trainer = self._trainer
         if trainer is not None and trainer.training:
             self._seeded = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
-            self._reseed(AUGMENT, *self._seeded)
+            self.reseed(AUGMENT, *self._seeded)
         return super()._on_before_batch_transfer(batch, dataloader_idx)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._seeded != (self.current_epoch, batch_idx):
             raise RuntimeError(f"lightning {pl.__version__} did not announce batch {batch_idx} of epoch {self.current_epoch} before "
                                f"its augmentation, so no resume would be exact: please report this")  # fmt: skip
-        self._reseed(STEP, self.current_epoch, batch_idx)
-        self.loss.set_epoch(self.current_epoch)  # here, as on_train_epoch_start is not called when resuming in mid-epoch
+        self.reseed(STEP, self.current_epoch, batch_idx)
+        # on_train_epoch_start is not called when resuming in mid-epoch, nor when resuming right behind an epoch's last batch: in the
+        # first case the sums are those of this epoch and go on, in the second they are of the one before
+        if self.loss.epoch != self.current_epoch:
+            self._start_means()
+        self.loss.set_epoch(self.current_epoch)
 
     def on_validation_epoch_start(self) -> None:
         self.val_scores.reset()
@@ -405,10 +428,10 @@ class ISNetModule(pl.LightningModule):
         self.test_scores.reset()
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._reseed(EVALUATE, dataloader_idx, batch_idx)  # the same draws in every epoch
+        self.reseed(EVALUATE, dataloader_idx, batch_idx)  # the same draws in every epoch
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._reseed(EVALUATE, dataloader_idx, batch_idx)
+        self.reseed(EVALUATE, dataloader_idx, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores(self.val_scores, "val")
@@ -416,13 +439,17 @@ class ISNetModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_scores(self.test_scores, "test")
 
-    def _reseed(self, purpose: int, epoch: int, batch: int) -> None:
-        rank = self._trainer.global_rank if self._trainer is not None else 0
-        packed = struct.pack("<5q", self.seed, purpose, epoch, batch, rank)
-        number = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
-        torch.manual_seed(number >> 1)
+    def reseed(self, purpose: int, epoch: int, batch: int) -> None:
+        """Sets the random state of torch, Python and numpy to a function of seed, purpose, epoch, batch and rank."""
+        number = self._number(purpose, epoch, batch)
+        torch.manual_seed(number)
         random.seed(number)
         np.random.seed(number & 0xFFFFFFFF)
+
+    def _number(self, purpose: int, epoch: int, batch: int) -> int:
+        rank = self._trainer.global_rank if self._trainer is not None else 0
+        packed = struct.pack("<5q", self.seed, purpose, epoch, batch, rank)
+        return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TuneC1C2"]
 
+TUNE = 3  # a purpose of randomness beside those of `ISNetModule`
+
 
 class TuneC1C2(pl.Callback):
     """Sets C1 and C2 by `fisnet_cuda.tune_c1_c2` once ``tune_epochs`` epochs have trained the classifier alone.
@@ -31,6 +33,12 @@ class TuneC1C2(pl.Callback):
     loss. Deviates: training goes on from that classifier instead of starting anew.
     """
 
+    def setup(self, trainer: pl.Trainer, module: ISNetModule, stage: str) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if stage == "fit" and module.tuning and not (hasattr(data, "loader") and hasattr(data, "prepare")):
+            raise InputError("tune_epochs needs training images without augmentation, by loader() and prepare() of a MaskedImageData: "
+                             "train with one, or set tune_epochs=0 and give c1 and c2")  # fmt: skip
+
     def on_train_batch_start(self, trainer: pl.Trainer, module: ISNetModule, batch: Any, batch_idx: int) -> None:
         # not on_train_epoch_start, which is left out when a run is resumed in mid-epoch
         if module.tuning and trainer.current_epoch >= module.hparams["tune_epochs"]:
@@ -38,15 +46,13 @@ class TuneC1C2(pl.Callback):
 
     def tune(self, trainer: pl.Trainer, module: ISNetModule) -> None:
         """Measures C1 and C2 now, and gives them to the module."""
-        data = getattr(trainer, "datamodule", None)
-        if not hasattr(data, "loader") or not hasattr(data, "prepare"):
-            raise InputError("tune_epochs needs training images without augmentation, by loader() and prepare() of a MaskedImageData: "
-                             "train with one, or set tune_epochs=0 and give c1 and c2")  # fmt: skip
+        data = trainer.datamodule
         loader = data.loader("train")
         used, batches = chosen(len(loader), module.hparams["tune_batches"])
-        module._reseed(2, 0, 0)
+        module.reseed(TUNE, 0, 0)
         try:
-            c1, c2 = tune_c1_c2(module.net, images(module, data, loader, batches))
+            with trainer.precision_plugin.forward_context():  # the dtype of the training steps
+                c1, c2 = tune_c1_c2(module.net, images(module, data, loader, batches))
         except ValueError as error:
             raise InputError(f"C1 and C2 cannot be tuned: {one_line(error)}") from error
         for given in (c1, c2):
