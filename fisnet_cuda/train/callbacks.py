@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 
 from .averaging import EMA
 from .checkpoints import Checkpoints, EarlyStop
+from .divergence import DivergenceGuard
 from .heatmaps import HeatmapFigures
 from .resume import WholeEpochs
 from .run_folder import RunFolder
@@ -26,6 +27,7 @@ def callbacks(
     figures_images: int = 6,
     checkpoint_every_steps: int | None = None,
     checkpoint_every_minutes: float | None = 10.0,
+    divergence_factor: float | None = 20.0,
 ) -> list[pl.Callback]:
     """The callbacks of a run, in the order in which they rely on each other.
 
@@ -37,7 +39,9 @@ def callbacks(
         ema: decay of an exponential moving average of the weights, e.g. 0.999; None: no average.
         figures_every: epochs between two figures of heatmaps; 0: none.
         figures_images: rows of such a figure.
-        checkpoint_every_steps, checkpoint_every_minutes: how often last.ckpt is written within an epoch; None: only at its end.
+        checkpoint_every_steps: write last.ckpt also within an epoch, after so many steps of the optimizer; None: do not.
+        checkpoint_every_minutes: write last.ckpt also within an epoch, after so many minutes; None: do not.
+        divergence_factor: stop when the loss exceeds so many times what it was at first; None: only when it is not finite.
 
     Returns:
         For ``Trainer(callbacks=...)``. A `MaskedImageData` and an `ISNetModule` are expected, and others do, with less in the folder.
@@ -47,9 +51,10 @@ def callbacks(
 
     Example:
         >>> [type(callback).__name__ for callback in callbacks("runs/a", patience=5, figures_every=0)]
-        ['WholeEpochs', 'EarlyStop', 'RunFolder', 'Checkpoints']
+        ['DivergenceGuard', 'WholeEpochs', 'EarlyStop', 'RunFolder', 'Checkpoints']
     """
     return [
+        DivergenceGuard(factor=divergence_factor),
         *([HeatmapFigures(run, figures_every, figures_images)] if figures_every else []),
         *([EMA(ema)] if ema is not None else []),  # after the figures, which are drawn with its weights
         WholeEpochs(),

@@ -98,6 +98,12 @@ class Checkpoints(Checkpoint):
         """What ``ckpt_path="best"`` means to Lightning; empty if there is none."""
         return str(self.run / "best.ckpt") if self.best else ""
 
+    @property
+    def last_model_path(self) -> str:
+        """Where last.ckpt is; empty if there is none."""
+        last = self.run / "last.ckpt"
+        return str(last) if last.exists() else ""
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See that there is the best.ckpt of which the checkpoint knows that is resumed from; it may be in another run's folder."""
         if self.best is None:

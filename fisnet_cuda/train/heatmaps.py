@@ -43,7 +43,7 @@ class HeatmapFigures(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw, where there is no validation."""
-        if not trainer.enable_validation:
+        if not sum(trainer.num_val_batches):
             self._draw(trainer, pl_module)
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -54,7 +54,8 @@ class HeatmapFigures(pl.Callback):
         if not all(hasattr(data, name) for name in ("subset", "prepare", "listing")) or not hasattr(pl_module, "explain"):
             return
         if self._batch is None:
-            subset = data.subset("val" if "val" in data.splits else "train")
+            self._split = "val" if "val" in data.splits else "train"
+            subset = data.subset(self._split)
             self._batch = data.prepare(subset.__getitems__(pick(subset.labels, subset.store.has_mask[subset.indices], self.images)))
         from ..plot import heatmap_grid
 
@@ -63,7 +64,7 @@ class HeatmapFigures(pl.Callback):
             heatmap_grid(
                 self.run / "heatmaps" / f"epoch-{epoch:04d}.png",
                 rows(pl_module, data, self._batch),
-                title=f"Validation images after {epoch + 1} epoch{'s' if epoch else ''} ({stage}step {trainer.global_step})",
+                title=f"{'Validation' if self._split == 'val' else 'Training'} images after {epoch + 1} epoch{'s' if epoch else ''} ({stage}step {trainer.global_step})",
             )
         except OSError as error:  # a figure is not worth a training
             warnings.warn(f"the heatmaps of epoch {epoch} could not be drawn: {error}", FisnetWarning, stacklevel=2)

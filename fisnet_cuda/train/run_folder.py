@@ -158,8 +158,10 @@ class RunFolder(Checkpoint):
 
 
 def _numbers(trainer: pl.Trainer) -> dict[str, float]:
-    """The metrics of now; to be asked for on every process, since computing them may ask the others."""
-    return {name: float(value) for name, value in sorted(trainer.callback_metrics.items()) if value.numel() == 1}
+    """The metrics of now, without those of the last step and second names; to be asked for on every process, since computing them
+    may ask the others."""
+    metrics = sorted(trainer.callback_metrics.items())
+    return {name: float(value) for name, value in metrics if value.numel() == 1 and not name.endswith(("_step", "_epoch"))}
 
 
 def table(rows: list[dict[str, float]]) -> str:

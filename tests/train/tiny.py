@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +18,7 @@ class Tiny(pl.LightningModule):
     def __init__(self, values, tuning_epochs=0, lr=0.1):
         super().__init__()
         self.values, self.tuning_epochs, self.lr = values, tuning_epochs, lr
+        self.loss, self.spec = SimpleNamespace(P_now=0.0), SimpleNamespace(classes=("a", "b"))
         torch.manual_seed(0)
         self.line = torch.nn.Linear(3, 1)
 
