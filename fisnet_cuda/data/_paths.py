@@ -13,7 +13,8 @@ from typing import NamedTuple
 from ..errors import InputError
 
 IMAGE_SUFFIXES = frozenset(
-    f".{kind}" for kind in "png jpg jpeg jpe jfif bmp dib tif tiff gif webp pgm ppm pbm pnm jp2 j2k npy".split()  # noqa: SIM905
+    f".{kind}"
+    for kind in "png jpg jpeg jpe jfif bmp dib tif tiff gif webp pgm ppm pbm pnm jp2 j2k npy".split()  # noqa: SIM905
 )
 IMAGE_FOLDERS = frozenset(("images", "image", "imgs", "img"))
 MASK_FOLDERS = frozenset(("masks", "mask", "segmentations", "segmentation", "segs", "seg", "annotations"))
