@@ -246,7 +246,7 @@ class Run:
             write_text(self.folder / "config.yaml", commented_yaml(self.cli.parser, self.settings, HEADER))
         report = getattr(self.data, "report", None)
         if report is not None:
-            say(str(report))
+            say(str(report).rstrip())
             say()
         say(describe_model(self.module, self.config))
         say(f"run folder: {self.folder}")
