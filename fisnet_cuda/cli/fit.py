@@ -29,7 +29,7 @@ from ..train.callbacks import callbacks
 from ..train.module import ISNetModule
 from .console import Console, quiet, say, settings_kept
 from .errors import one_line, rank
-from .settings import SHORT, SettingsParser, commented_yaml, expand, share_help
+from .settings import SHORT, HelpFormatter, SettingsParser, commented_yaml, expand, share_help
 
 __all__ = ["main"]
 
@@ -336,13 +336,18 @@ _DESCRIPTION = """Trains a classifier on images with masks, so that it does not 
   fisnet-cuda fit --run runs/first                 goes on where this run was cut off
   fisnet-cuda fit --print_config > settings.yaml   all settings, to edit
 
-short names: """ + ", ".join(f"{short} = {long}" for short, long in SHORT.items()) + """, --amp = --precision bf16-mixed
+short names:
+""" + "\n".join(f"  {short:<14} {long}" for short, long in SHORT.items()) + """
+  --amp          --precision bf16-mixed
+
+every setting, with its default, stands below; --debug shows the traceback of an error
 """
 _PARSER = {
     "prog": "fisnet-cuda fit",
     "usage": "fisnet-cuda fit --data.path IMAGES [--data.masks MASKS] [--run FOLDER] [--config FILE ...] [settings]",
     "description": _DESCRIPTION,
     "allow_abbrev": False,
+    "formatter_class": HelpFormatter,
 }
 
 

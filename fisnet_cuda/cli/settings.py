@@ -11,14 +11,14 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import docstring_parser
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from .. import nets
 from ..errors import InputError
 from .errors import nearest, one_line
 
-__all__ = ["SHORT", "SettingsParser", "commented_yaml", "expand", "share_help"]
+__all__ = ["SHORT", "HelpFormatter", "SettingsParser", "commented_yaml", "expand", "share_help"]
 
 # what users of other tools type -> the setting; `--amp` stands for a setting and its value
 SHORT = {
@@ -58,6 +58,13 @@ def expand(argv: Sequence[str]) -> list[str]:
         else:
             out.append(argument)
     return out
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """jsonargparse's, with the description's own line breaks."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
 
 
 class UsageError(Exception):

@@ -13,8 +13,6 @@ from .validate import metrics_of
 
 __all__ = ["add_arguments", "run"]
 
-__test__ = False  # not pytest's
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fisnet-cuda test``."""

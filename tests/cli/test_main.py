@@ -112,7 +112,7 @@ def test_bench_measures_every_kind(tmp_path, capsys):
         (RuntimeError("CUDA out of memory. Tried"), 1, "batch_size"),
         (KeyError("x"), 1, "unexpected KeyError"),
         (
-            InputError("Caught InputError in DataLoader worker process 0.\nTraceback:\n  File x\nfisnet_cuda.errors.InputError: bad.png"),
+            InputError("Caught InputError in DataLoader worker process 0.\nTraceback:\n  x\nfisnet_cuda.errors.InputError: bad.png"),
             2,
             "error: bad.png",
         ),
