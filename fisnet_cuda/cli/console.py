@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from .errors import one_line, rank
 
-__all__ = ["Console", "quiet", "say", "settings_kept", "table"]
+__all__ = ["READING", "Console", "ordered", "quiet", "say", "settings_kept", "table", "words"]
 
 # logged name -> (heading, width); what a run does not log is left out
 COLUMNS = {
@@ -32,8 +32,8 @@ COLUMNS = {
     "val/background_share": ("background", 10),
 }
 LEGEND = (
-    "train loss = (1 - P) classification + P heatmap loss; val: accuracy, balanced accuracy, macro F1, AUROC (1 is best), "
-    "background = share of relevance outside the masks (0 is best)"
+    "train loss = (1 - P) class. + P heatmap; 1 is best of accuracy, balanced (accuracy), macro F1 and AUROC;\n"
+    "background = share of relevance outside the masks, 0 is best; all but the training losses are of the validation images"
 )
 
 
@@ -63,7 +63,7 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=PossibleUserWarning)
         warnings.filterwarnings("ignore", module=r"lightning(_utilities|_fabric)?(\.|$)")
         warnings.filterwarnings("ignore", module=r"torch\.(jit|distributed|onnx)(\.|$)")
-        warnings.filterwarnings("ignore", message=".*(num_workers|sanity|litlogger|lr_scheduler.step).*")
+        warnings.filterwarnings("ignore", message=".*(num_workers|Grad strides|sanity|litlogger|lr_scheduler.step).*")
         warnings.showwarning = show
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
@@ -175,6 +175,8 @@ class Console(ProgressBar):
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not self.columns or not set(metrics) & set(COLUMNS) <= set(self.columns):
+            if not self.columns:
+                say("\n" + LEGEND)
             self.columns = [name for name in COLUMNS if name in metrics]
             say(f"{'epoch':>9} {'time':>7}  " + "  ".join(f"{COLUMNS[n][0]:>{COLUMNS[n][1]}}" for n in self.columns))
         cells = [f"{metrics[n]:>{COLUMNS[n][1]}.4f}" if n in metrics else " " * COLUMNS[n][1] for n in self.columns]
@@ -199,6 +201,29 @@ def table(metrics: dict[str, float], title: str) -> str:
           accuracy  0.8750
           loss      0.5000
     """
-    names = {name: name.split("/", 1)[-1].replace("_", " ") for name in metrics}
+    names = {name: words(name) for name in ordered(metrics)}
     width = max(map(len, names.values()), default=0)
-    return "\n".join([title, *(f"  {names[name]:<{width}}  {value:.4f}" for name, value in metrics.items())])
+    return "\n".join([title, *(f"  {word:<{width}}  {metrics[name]:.4f}" for name, word in names.items())])
+
+
+FIRST = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "background_share")
+READING = "accuracies, macro F1 and AUROC: 1 is best; background share and losses: less is better"
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Metrics in the order of their interest: what users ask for, then the parts of the loss."""
+    names = list(names)
+    first = [name for wanted in FIRST for name in names if name.split("/", 1)[-1] == wanted]
+    return first + [name for name in names if name not in first]
+
+
+def words(name: str) -> str:
+    """A metric's name as people write it.
+
+    Example:
+        >>> words("val/macro_f1"), words("test/heatmap")
+        ('macro F1', 'heatmap loss')
+    """
+    word = name.split("/", 1)[-1]
+    losses = {part: f"{part} loss" for part in ("classification", "heatmap", "background", "foreground")}
+    return {"macro_f1": "macro F1", "auroc": "AUROC", **losses}.get(word, word.replace("_", " "))

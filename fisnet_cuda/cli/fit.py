@@ -27,9 +27,9 @@ from ..errors import InputError
 from ..files import make_folder, write_text
 from ..train.callbacks import callbacks
 from ..train.module import ISNetModule
-from .console import LEGEND, Console, quiet, say, settings_kept
+from .console import Console, quiet, say, settings_kept
 from .errors import one_line, rank
-from .settings import SHORT, SettingsParser, commented_yaml, expand
+from .settings import SHORT, HelpFormatter, SettingsParser, commented_yaml, expand, share_help
 
 __all__ = ["main"]
 
@@ -46,8 +46,10 @@ TRAINER_DEFAULTS = {"max_epochs": 20, "gradient_clip_val": 1.0, "deterministic":
 FREE = {
     "trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.min_epochs", "trainer.min_steps", "trainer.accelerator",
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.profiler", "trainer.enable_progress_bar",
-    "trainer.log_every_n_steps", "data.workers", "data.cache", "data.cache_dir", "patience",
+    "trainer.log_every_n_steps", "data.workers", "data.cache", "data.cache_dir", "patience", "figures_every", "figures_images",
+    "checkpoint_every_steps", "checkpoint_every_minutes",
 }  # fmt: skip
+OPTIMIZER = ("model.lr", "model.momentum", "model.weight_decay")  # a checkpoint brings its own
 OWN = ("run", "resume", "config")  # not part of what a run is
 HEADER = "Settings of fisnet-cuda fit. Edit, and train with: fisnet-cuda fit --config THIS_FILE --run runs/another"
 
@@ -133,16 +135,16 @@ class Run:
         self.checkpoint = self._checkpoint()
         self.made: Path | None = None  # the topmost folder that this call made
         self.stopped: BaseException | None = None
+        self.begun, self.begun_at = time.perf_counter(), 0  # when training started, and at which step
 
     def go(self) -> int:
         """Trains; a folder in which nothing was trained is taken away again."""
         trainer = self._trainer()
-        start = time.perf_counter()
         try:
             with _launching(self.folder), _interruptible():
                 trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint)
         except BaseException as error:
-            kept = self._clean_up(trainer)
+            kept = self._clean_up(trainer, error)
             if isinstance(self.stopped, KeyboardInterrupt) or isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(self._interrupted(trainer, kept)) from None
             if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
@@ -150,7 +152,7 @@ class Run:
                     f"{self.checkpoint} holds another network than these settings describe (backbone, classes or channels differ)"
                 ) from error
             raise
-        self._close(trainer, time.perf_counter() - start)
+        self._close(trainer)
         return 0
 
     # ---- before ------------------------------------------------------------------------------------------------------
@@ -200,7 +202,8 @@ class Run:
                 f"{folder} was trained with other settings ({'; '.join(binding)}): name another --run, or give the settings it has"
             )
         if words:
-            say(f"settings that differ from {folder}: {'; '.join(words.values())}")
+            kept = " (the optimizer goes on with those of the checkpoint)" if set(OPTIMIZER) & set(words) else ""
+            say(f"settings that differ from {folder}: {'; '.join(words.values())}{kept}")
 
     def _trainer(self) -> Trainer:
         values = dict(self.cli.config_init.trainer)
@@ -212,7 +215,7 @@ class Run:
             values["strategy"] = "ddp" if values["strategy"] == "auto" else values["strategy"]
         _set_precision(self.config.precision)
         known = inspect.signature(callbacks).parameters
-        options = {name: value for name, value in vars(self.config).items() if name in known}
+        options = {name: value for name, value in vars(self.config).items() if name in known and name != "run"}
         own = [_Begin(self), Console(), *callbacks(self.folder, **options)]
         values |= {
             "precision": PRECISIONS[self.config.precision],
@@ -243,11 +246,10 @@ class Run:
             write_text(self.folder / "config.yaml", commented_yaml(self.cli.parser, self.settings, HEADER))
         report = getattr(self.data, "report", None)
         if report is not None:
-            say(str(report))
+            say(str(report).rstrip())
             say()
         say(describe_model(self.module, self.config))
         say(f"run folder: {self.folder}")
-        say(LEGEND)
         if importlib.util.find_spec("tensorboard") is not None:
             from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -255,9 +257,10 @@ class Run:
 
     # ---- after -------------------------------------------------------------------------------------------------------
 
-    def _clean_up(self, trainer: Trainer) -> bool:
-        """Takes away the folder that this call made if nothing was trained; whether there is one now."""
-        if self.made is not None and trainer.global_step == 0 and not list(self.folder.glob("*.ckpt")):
+    def _clean_up(self, trainer: Trainer, error: BaseException) -> bool:
+        """Takes away the folder that this call made if nothing of use is in it; whether there is one now."""
+        useless = trainer.global_step == 0 or (type(error) is InputError)  # one of the first epoch's end: a monitor's name, say
+        if self.made is not None and useless and not list(self.folder.glob("*.ckpt")):
             for logger in trainer.loggers:
                 logger.finalize("failed")
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -274,11 +277,17 @@ class Run:
             return f"interrupted before the first step: nothing was written to {self.folder}"
         return f"{where}; to go on: fisnet-cuda fit --run {shlex.quote(str(self.folder))}"
 
-    def _close(self, trainer: Trainer, seconds: float) -> None:
+    def _close(self, trainer: Trainer) -> None:
         run = shlex.quote(str(self.folder))
         best = self.folder / "best.ckpt"
+        epochs = f"{trainer.current_epoch} epoch{'s' * (trainer.current_epoch != 1)}, {trainer.global_step} steps"
         say()
-        say(f"trained {trainer.current_epoch} epochs, {trainer.global_step} steps; this time {timedelta(seconds=round(seconds))}")
+        if self.begun_at == trainer.global_step:
+            say(f"nothing was left to train: {self.folder} has {epochs}; --trainer.max_epochs says how many there shall be")
+        else:
+            early = trainer.should_stop and trainer.current_epoch < (trainer.max_epochs or 0)
+            took = timedelta(seconds=round(time.perf_counter() - self.begun))
+            say(f"trained {epochs}{', stopped early' if early else ''}; this time {took}")
         say(f"run folder: {self.folder} ({'best.ckpt, ' if best.exists() else ''}last.ckpt, metrics.csv, config.yaml)")
         say("next:")
         say(f"  fisnet-cuda evaluate {run}")
@@ -295,6 +304,9 @@ class _Begin(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.run.begin(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.run.begun, self.run.begun_at = time.perf_counter(), trainer.global_step
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.run.stopped = exception
@@ -324,13 +336,18 @@ _DESCRIPTION = """Trains a classifier on images with masks, so that it does not 
   fisnet-cuda fit --run runs/first                 goes on where this run was cut off
   fisnet-cuda fit --print_config > settings.yaml   all settings, to edit
 
-short names: """ + ", ".join(f"{short} = {long}" for short, long in SHORT.items()) + """, --amp = --precision bf16-mixed
+short names:
+""" + "\n".join(f"  {short:<14} {long}" for short, long in SHORT.items()) + """
+  --amp          --precision bf16-mixed
+
+every setting, with its default, stands below; --debug shows the traceback of an error
 """
 _PARSER = {
     "prog": "fisnet-cuda fit",
     "usage": "fisnet-cuda fit --data.path IMAGES [--data.masks MASKS] [--run FOLDER] [--config FILE ...] [settings]",
     "description": _DESCRIPTION,
     "allow_abbrev": False,
+    "formatter_class": HelpFormatter,
 }
 
 
@@ -348,25 +365,16 @@ def _own_arguments(parser: LightningArgumentParser) -> None:
         "to float16 with loss scaling (GPU)",
     )  # fmt: skip
     add("--seed", type=int, default=0, help="Of weights, split, order, augmentation and draws")
-    known = inspect.signature(callbacks).parameters
-    for name, (kind, text) in _CALLBACK_SETTINGS.items():
-        if name in known:
-            add(f"--{name}", type=kind, default=known[name].default, help=text)
-
-
-# settings of `train.callbacks.callbacks`, by its parameters' names; their defaults are its own
-_CALLBACK_SETTINGS: dict[str, tuple[Any, str]] = {
-    "ema": (float | None, "Decay of an exponential moving average of the weights, such as 0.999; null: none"),
-    "monitor": (str, "Metric that chooses best.ckpt and stops early"),
-    "mode": (Literal["auto", "min", "max"], "Whether less or more of the monitored metric is better"),
-    "patience": (int | None, "Stop when the monitored metric has not improved for so many epochs; null: never"),
-}
+    parser.add_function_arguments(callbacks, as_group=False, skip={"run"})
+    share_help(parser, callbacks, "")
 
 
 def _core_arguments(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(MaskedImageData, "data", fail_untyped=False)
     parser.add_class_arguments(ISNetModule, "model", fail_untyped=False)
     parser.add_class_arguments(Trainer, "trainer", skip=set(NOT_OFFERED), instantiate=False, fail_untyped=False, sub_configs=True)
+    share_help(parser, MaskedImageData, "data")
+    share_help(parser, ISNetModule, "model")
     parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
     parser.link_arguments("seed", "data.seed")
     parser.link_arguments("seed", "model.seed")
@@ -443,9 +451,9 @@ def _check_checkpoint(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"{path} does not exist: give --resume a checkpoint (.ckpt) or a run folder that has last.ckpt")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise InputError(f"{path} is not a checkpoint: {one_line(error, 120)}") from None
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # of pickle, zip and torch, in as many ways as files can be something else
+        raise InputError(f"{path} is not a checkpoint, or is damaged: give --resume the last.ckpt of a run") from None
     hparams = content.get("hyper_parameters") if isinstance(content, dict) else None
     if not isinstance(hparams, dict) or "variant" not in hparams or "loops" not in content:
         raise InputError(f"{path} is not a checkpoint of fisnet-cuda fit: give the last.ckpt of a run")

@@ -9,15 +9,16 @@ from argparse import SUPPRESS, Action
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
+import docstring_parser
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from .. import nets
 from ..errors import InputError
 from .errors import nearest, one_line
 
-__all__ = ["SHORT", "SettingsParser", "commented_yaml", "expand"]
+__all__ = ["SHORT", "HelpFormatter", "SettingsParser", "commented_yaml", "expand", "share_help"]
 
 # what users of other tools type -> the setting; `--amp` stands for a setting and its value
 SHORT = {
@@ -59,6 +60,13 @@ def expand(argv: Sequence[str]) -> list[str]:
     return out
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """jsonargparse's, with the description's own line breaks."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
 class UsageError(Exception):
     """A setting is wrong. Not a ValueError, so that jsonargparse, which tries one type after another, lets it through."""
 
@@ -78,6 +86,7 @@ class SettingsParser(LightningArgumentParser):
         Raises:
             InputError: in one line.
         """
+        self.argv = list(argv)
         self.files = [b for a, b in zip(argv, [*argv[1:], ""]) if a in ("-c", "--config")] + [
             a.partition("=")[2] for a in argv if a.startswith("--config=")
         ]
@@ -115,7 +124,7 @@ class SettingsParser(LightningArgumentParser):
         return one_line(message)
 
     def _wrong_value(self, key: str, detail: str) -> str:
-        got = re.search(r"(?:Got value|Given value): (.*)", detail, re.S)
+        got = re.search(r"Given value: (.*)", detail, re.S) or re.search(r"Got value: (.*)", detail, re.S)
         action = next((a for a in self._actions if a.dest == key), None)
         hint = getattr(action, "_typehint", None)
         if key == "config":
@@ -127,7 +136,8 @@ class SettingsParser(LightningArgumentParser):
         near = ""
         if get_origin(hint) is Literal:
             near = nearest(one_line(got.group(1)), map(str, get_args(hint)))
-        return f"{key} takes {describe(hint)}; it got {one_line(got.group(1), 120)}{near}{more}"
+        where = "" if any(a.startswith(f"--{key}") for a in self.argv) else self._where()
+        return f"{key} takes {describe(hint)}; it got {one_line(got.group(1), 120)}{where}{near}{more}"
 
     def _where(self) -> str:
         files = getattr(self, "files", [])
@@ -173,6 +183,15 @@ def describe(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
+def share_help(parser: LightningArgumentParser, cls: type, group: str) -> None:
+    """Gives arguments that are described together (``mean, std: ...``) these words each; jsonargparse leaves them without any."""
+    for parameter in docstring_parser.parse(cls.__doc__ or "").params:
+        names = [name.strip() for name in parameter.arg_name.split(",")]
+        for action in parser._actions:
+            if len(names) > 1 and action.dest in {f"{group}.{name}" if group else name for name in names} and not action.help:
+                action.help = f"{parameter.arg_name}: {parameter.description}"
+
+
 def commented_yaml(parser: LightningArgumentParser, settings: dict[str, Any], header: str = "") -> str:
     """Settings as YAML, each below the words that ``--help`` has for it; `--config` reads it back.
 
@@ -194,7 +213,7 @@ def commented_yaml(parser: LightningArgumentParser, settings: dict[str, Any], he
 
 
 def _setting(name: str, value: Any, action: Action | None, indent: str) -> list[str]:
-    text = one_line(action.help or "", 400) if action is not None else ""
+    text = one_line(action.help or "", 400).replace("None", "null") if action is not None else ""
     comment = textwrap.wrap(text.replace("%%", "%"), 116, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-    entry = yaml.safe_dump({name: value}, default_flow_style=None, sort_keys=False, allow_unicode=True, width=10_000)
-    return [*comment, *textwrap.indent(entry, indent).rstrip().splitlines()]
+    shown = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000)
+    return [*comment, f"{indent}{name}: {shown.removesuffix(chr(10)).removesuffix('...').rstrip()}"]

@@ -7,13 +7,11 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from .console import quiet, say, settings_kept
+from .console import READING, ordered, quiet, say, settings_kept, words
 from .runs import add_run_arguments, open_run
-from .validate import READING, metrics_of
+from .validate import metrics_of
 
 __all__ = ["add_arguments", "run"]
-
-__test__ = False  # not pytest's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,15 +41,14 @@ def subsets_table(columns: dict[str, dict[str, float]], counts: dict[str, int]) 
         images         4       2
         accuracy  0.5000  1.0000
     """
-    metrics = list(dict.fromkeys(name for values in columns.values() for name in values))
-    words = {name: name.split("/", 1)[-1].replace("_", " ") for name in metrics}
-    first = max([len("images"), *map(len, words.values())])
+    metrics = ordered(dict.fromkeys(name for values in columns.values() for name in values))
+    first = max(map(len, ["images", *map(words, metrics)]))
     width = {name: max(len(name), 6) for name in columns}
     lines = [" " * first + "".join(f"  {name:>{width[name]}}" for name in columns)]
     lines.append(f"{'images':<{first}}" + "".join(f"  {counts[name]:>{width[name]}}" for name in columns))
     for metric in metrics:
         cells = [f"{values[metric]:.4f}" if metric in values else "" for values in columns.values()]
-        lines.append(f"{words[metric]:<{first}}" + "".join(f"  {cell:>{width[name]}}" for cell, name in zip(cells, columns)))
+        lines.append(f"{words(metric):<{first}}" + "".join(f"  {cell:>{width[name]}}" for cell, name in zip(cells, columns)))
     return "\n".join(line.rstrip() for line in lines)
 
 

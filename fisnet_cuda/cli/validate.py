@@ -6,7 +6,7 @@ import argparse
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from .console import Console, quiet, say, settings_kept, table
+from .console import READING, Console, quiet, say, settings_kept, table
 from .runs import add_run_arguments, device_of, open_run
 
 __all__ = ["add_arguments", "metrics_of", "run"]
@@ -25,9 +25,6 @@ def run(args: argparse.Namespace) -> int:
         say(table(metrics, f"validation images of {data.hparams.get('path', '') or args.run}"))
         say(READING)
     return 0
-
-
-READING = "background share and losses: less is better; all others: 1 is best"
 
 
 def metrics_of(module: LightningModule, data: LightningDataModule, what: str, args: argparse.Namespace) -> dict[str, float]:

@@ -23,9 +23,7 @@ __all__ = ["ManifestRow", "read_manifest", "split", "split_notes", "write_manife
 _COLUMNS = ("name", "label", "split", "group", "has_mask", "sha256")
 
 
-def split(
-    listing: Listing, fractions: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0, keep_groups: bool = False
-) -> list[str]:
+def split(listing: Listing, fractions: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0, keep_groups: bool = False) -> list[str]:
     """Assign each sample to "train", "val" or "test", each class (and in it, each group) in the same proportions.
 
     Splits that the data declare are kept, with two rules for what they leave open. A split of which the data declare no sample is
@@ -38,8 +36,8 @@ def split(
         listing: the samples.
         fractions: shares of train, val and test; sum 1. A split of share 0 stays empty unless it is declared.
         seed: another seed, another draw.
-        keep_groups: a group (a patient) is never torn apart: all of it goes to one split, the one that is declared for any of it. Shares
-            are met as nearly as the groups' sizes allow.
+        keep_groups: a group (a patient) is not torn apart but where the data declare it so: all of it goes to one split, the one that
+            is declared for any of it. Shares are met as nearly as the groups' sizes allow.
 
     Returns:
         A split a sample, in the listing's order.
@@ -69,7 +67,7 @@ def split(
     if keep_groups and declared:
         fixed = _fixed(samples, labelled, open_)
         for i in pool:
-            splits[i] = fixed.get(samples[i].group, "")
+            splits[i] = samples[i].split or fixed.get(samples[i].group, "")
         pool = [i for i in pool if samples[i].group not in fixed]
     # names decide, not the order in which samples are listed
     pool.sort(key=lambda i: samples[i].name)
@@ -169,7 +167,12 @@ def _by_groups(
 
 
 def _fill(
-    samples: Sequence[Sample], pool: Sequence[int], units: Sequence[Sequence[int]], names: Sequence[str], assigned: dict[int, str], seed: int
+    samples: Sequence[Sample],
+    pool: Sequence[int],
+    units: Sequence[Sequence[int]],
+    names: Sequence[str],
+    assigned: dict[int, str],
+    seed: int,
 ) -> None:
     """A split whose share is below one sample gets one all the same, while the largest can spare one."""
     for name in names:

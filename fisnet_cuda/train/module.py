@@ -162,6 +162,7 @@ class ISNetModule(pl.LightningModule):
         self.net = self._make_net(model, settings)
         self._class_weights: list[float] | None = class_weights if isinstance(class_weights, list) else None
         self.classification = _Classification(label_smoothing, self._class_weights)
+        self._logged = -1  # epoch whose means Lightning knows of
         self._seeded: tuple[int, int] | None = None  # epoch and batch that the random state is set for
         self._tuned: dict[str, dict[str, list[float]]] | None = None
         self._set_loss(c1, c2)
@@ -335,9 +336,12 @@ class ISNetModule(pl.LightningModule):
         noted = {"loss": (total, samples), "classification": (parts.classification, labelled), "accuracy": (accuracy, labelled)}
         if heatmaps:
             noted.update({name: (getattr(parts, name), with_mask) for name in HEATMAP_TERMS})
-        for name, (value, weight) in noted.items():
-            self.train_means[name].update(value, weight)
-            self.log(f"train/{name}", self.train_means[name], on_step=False, on_epoch=True)
+        means = [self.train_means[name] for name in noted]
+        Mean.update_all(means, [value.float() for value, _ in noted.values()], [weight for _, weight in noted.values()])
+        if self._logged != self.current_epoch:  # once an epoch: Lightning asks a logged metric for its value at the end
+            self._logged = self.current_epoch
+            for name, mean in zip(noted, means):
+                self.log(f"train/{name}", mean, on_step=False, on_epoch=True)
 
     def _evaluate(self, batch: Mapping[str, Tensor], scores: Scores) -> None:
         x, labels = self._input(batch["image"]), batch["label"]
@@ -394,7 +398,13 @@ class ISNetModule(pl.LightningModule):
         there = self._trainer is not None and any(isinstance(callback, TuneC1C2) for callback in self._trainer.callbacks)
         return [TuneC1C2()] if self.hparams["tune_epochs"] > 0 and not there else []
 
-    def on_train_epoch_start(self) -> None:  # not called when resuming in mid-epoch: the sums are those of the checkpoint
+    def on_train_epoch_start(self) -> None:
+        self._start_means()
+
+    def on_train_start(self) -> None:
+        self._logged = -1
+
+    def _start_means(self) -> None:
         for mean in self.train_means.values():
             mean.reset()
 
@@ -412,7 +422,11 @@ class ISNetModule(pl.LightningModule):
             raise RuntimeError(f"lightning {pl.__version__} did not announce batch {batch_idx} of epoch {self.current_epoch} before "
                                f"its augmentation, so no resume would be exact: please report this")  # fmt: skip
         self.reseed(STEP, self.current_epoch, batch_idx)
-        self.loss.set_epoch(self.current_epoch)  # here, as on_train_epoch_start is not called when resuming in mid-epoch
+        # on_train_epoch_start is not called when resuming in mid-epoch, nor when resuming right behind an epoch's last batch: in the
+        # first case the sums are those of this epoch and go on, in the second they are of the one before
+        if self.loss.epoch != self.current_epoch:
+            self._start_means()
+        self.loss.set_epoch(self.current_epoch)
 
     def on_validation_epoch_start(self) -> None:
         self.val_scores.reset()
