@@ -41,7 +41,7 @@ def refused(*args, **options) -> str:
     with pytest.raises(InputError) as error:
         list_samples(*args, **options)
     text = str(error.value)
-    assert "\n" not in text and text.isprintable(), "one printable line"
+    assert text.isprintable(), "one line"
     return text
 
 
@@ -261,8 +261,8 @@ def test_tables_as_programs_write_them(tmp_path, text, encoding):
 
 def test_all_columns_absolute_paths_and_gaps(tmp_path):
     path = write(tmp_path, "")
-    text = f'image,mask,label,split,group\n{tmp_path}/images/1.png,,TB ,Train,p1\n"images/a, b.png",nan,NaN,,\n2.png,2.png,normal,valid,2.0\n'
-    path.write_text(text)
+    lines = ["image,mask,label,split,group", f"{tmp_path}/images/1.png,,TB ,Train,p1", '"images/a, b.png",nan,NaN,,']
+    path.write_text("\n".join([*lines, "2.png,2.png,normal,valid,2.0"]))
     first, second, third = list_samples(path).samples
     assert (first.name, first.mask, first.label, first.split, first.group) == ("images/1.png", None, 0, "train", "p1")
     assert (second.name, second.mask, second.label, second.split, second.group) == ("images/a, b.png", None, None, None, None)
