@@ -129,6 +129,14 @@ def test_masks_in_a_folder_beside_the_classes(tmp_path):
     assert pairs(listing) == {"a/1.png": "masks/a/1.png", "b/2.png": "masks/b/2.png"}
 
 
+def test_images_and_masks_within_each_class(tmp_path):
+    tree(tmp_path, *(f"{name}/{kind}/{name}-1.png" for name in ("COVID", "Normal") for kind in ("images", "masks")))
+    listing = list_samples(tree(tmp_path, "COVID/preview.png"))
+    assert listing.classes == ("COVID", "Normal")
+    assert pairs(listing) == {f"{name}/images/{name}-1.png": f"{name}/masks/{name}-1.png" for name in listing.classes}
+    assert listing.ignored == ("COVID/preview.png: beside the folders of images and masks, in none of them",)
+
+
 def test_what_is_not_used_is_named_with_the_reason(tmp_path):
     tree(tmp_path, "images/a/1.png", "images/b/2.png", "masks/a/1.png", "masks/b/7.png")
     tree(tmp_path, "images/.DS_Store", "images/a/._1.png", "images/a/notes.txt", "images/.git/x.png", "extra/9.png")
@@ -358,7 +366,10 @@ def test_errors_in_lists(tmp_path):
     assert "item 0: a dict" in refused([3])
     assert "names no images" in refused([])
     assert "label must be a text or a number, got list" in refused([{"image": tmp_path / "images/1.png", "label": [1, 2]}])
-    assert "path or a list" in refused(3)
+    assert "item 0: no image is named" in refused([{"image": None}])
+    for wrong in (3, None, b"x"):
+        assert "path or a list" in refused(wrong)
+    assert "path is empty" in refused("")
     (tmp_path / "data.json").write_text('[{"image": \n}]')
     assert "line 2: no JSON" in refused(tmp_path / "data.json")
     (tmp_path / "data.json").write_text("3")
