@@ -202,8 +202,9 @@ def save_mask(path, kind):
         image.putpalette([255, 255, 255, 255, 0, 0])
     elif kind == "colour":
         image = Image.fromarray(DISC[..., None] * np.array([64, 0, 0], np.uint8))
-    elif kind == "alpha":
-        image = Image.fromarray(np.concatenate([np.zeros((30, 30, 3), np.uint8), DISC[..., None] * 255], 2))
+    elif kind in ("alpha", "overlay"):
+        alpha = DISC[..., None] * (255 if kind == "alpha" else 90)
+        image = Image.fromarray(np.concatenate([np.zeros((30, 30, 3), np.uint8), alpha], 2).astype(np.uint8))
     elif kind == "labels":
         labels = DISC.copy()
         labels[15:] *= 2
@@ -215,7 +216,7 @@ def save_mask(path, kind):
 KINDS = {
     "1": "binary", "L": "binary", "LA": "binary", "RGB": "binary", "RGBA": "binary", "I;16": "binary", "0/1": "binary",
     "0/100": "binary", "palette": "palette", "palette, black last": "palette", "palette, no black": "palette",
-    "colour": "colour", "alpha": "alpha", "labels": "labels",
+    "colour": "colour", "alpha": "alpha", "overlay": "alpha", "labels": "labels",
 }  # fmt: skip
 
 
