@@ -400,7 +400,7 @@ class ISNetModule(pl.LightningModule):
                 raise InputError(f"none of the {len(subset)} training images has a mask, and variant {self.variant!r} learns from masks: "
                                  f"say where they are, or train the plain classifier with variant 'standard'")  # fmt: skip
         if self.hparams["schedule"] == "plateau" and "val" not in getattr(data, "splits", ["val"]):
-            raise InputError("schedule 'plateau' goes by val/loss, and there is no validation split: choose another one, or fractions")
+            raise InputError("schedule 'plateau' goes by val/loss, and there is no validation split: choose another schedule")
 
     def configure_callbacks(self) -> list[pl.Callback]:
         from .tuning import TuneC1C2
