@@ -397,10 +397,10 @@ class ISNetModule(pl.LightningModule):
         if self.variant != "standard" and hasattr(data, "subset"):
             subset = data.subset("train")
             if not bool(subset.store.has_mask[subset.indices].any()):
-                raise InputError(f"none of the {len(subset)} training images has a mask, and variant {self.variant!r} learns from masks: "
-                                 f"say where they are, or train the plain classifier with variant 'standard'")  # fmt: skip
+                raise InputError(f"none of the {len(subset)} training images has a mask, and variant {self.variant!r} learns from "
+                                 f"masks: say where they are, or train the plain classifier with variant 'standard'")  # fmt: skip
         if self.hparams["schedule"] == "plateau" and "val" not in getattr(data, "splits", ["val"]):
-            raise InputError("schedule 'plateau' goes by val/loss, and there is no validation split: choose another schedule")
+            raise InputError("schedule 'plateau' goes by val/loss, and there is no validation split: choose another")
 
     def configure_callbacks(self) -> list[pl.Callback]:
         from .tuning import TuneC1C2
