@@ -21,7 +21,7 @@ import torch
 
 import fisnet_cuda as fc
 from benchmarks.cases import PRECISIONS, Setup
-from fisnet_cuda.demo.progress import Progress
+from fisnet_cuda.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

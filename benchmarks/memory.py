@@ -21,7 +21,7 @@ if not __package__:  # run as a file: the package is one folder up
 from benchmarks import common, figures
 from benchmarks.cases import CASES, DOUBLE_BACKWARD, PLAIN, Setup
 from benchmarks.common import Bar, Report, Spread, cell
-from fisnet_cuda.demo.progress import Progress
+from fisnet_cuda.progress import Progress
 
 # over plain: what the authors' code takes (architecture.md)
 LIMITS = {

@@ -7,7 +7,6 @@ step does, whose last layer grows too.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,8 @@ import torch.nn.functional as F
 
 import fisnet_cuda as fc
 from fisnet_cuda.demo.nets import small_net
-from fisnet_cuda.demo.progress import Progress
+from fisnet_cuda.progress import Progress
+from fisnet_cuda.timing import interleaved
 
 PLAIN = "plain"
 VARIANTS = ("original", "selective", "stochastic", "dual")
@@ -62,21 +62,14 @@ def measure(
         if classes <= original_up_to:
             kinds.append("original")
         steps = {kind: _training_step(kind, classes, batch_size, size) for kind in kinds}
-        times: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for repetition in range(repetitions + 1):
-            turn = repetition % len(kinds)  # so that none always comes after the same other one
-            for kind in kinds[turn:] + kinds[:turn]:
-                if kind == "original" and repetition % ORIGINAL_EVERY:
-                    continue
-                start = time.perf_counter()
-                steps[kind]()
-                if repetition > 0:  # the first step warms caches and allocators
-                    times[kind].append(1e3 * (time.perf_counter() - start))
-            done += 1
-            progress.update(done, f"{classes} classes")
-        for kind in kinds:
-            p20, p50, p80 = torch.tensor(times[kind]).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-            rows.append(StepTime(kind, classes, p20, p50, p80))
+        times = interleaved(
+            steps,
+            repetitions,
+            every={"original": ORIGINAL_EVERY},
+            tick=lambda turn, done=done, classes=classes: progress.update(done + turn, f"{classes} classes"),
+        )
+        done += repetitions + 1
+        rows += [StepTime(kind, classes, *times[kind]) for kind in kinds]
     return rows
 
 

@@ -17,7 +17,7 @@ from torch import nn
 import fisnet_cuda as fc
 from fisnet_cuda.demo.digits import Batch, Marks, Originals, training_batches
 from fisnet_cuda.demo.nets import small_net
-from fisnet_cuda.demo.progress import Progress
+from fisnet_cuda.progress import Progress
 
 # Chosen by the confounded test digits of seeds 0 to 3, where Selective lost at most 0.7 points to the
 # square with 1e-4, but 10 to 27 from two of the seeds with 1e-2 (relative or absolute),

@@ -1,0 +1,204 @@
+"""What the user sees while Lightning works: a line that moves, one line an epoch, and none of Lightning's own talk."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+
+from .errors import one_line, rank
+
+__all__ = ["Console", "quiet", "say", "settings_kept", "table"]
+
+# logged name -> (heading, width); what a run does not log is left out
+COLUMNS = {
+    "train/loss": ("train loss", 10),
+    "train/classification": ("class.", 7),
+    "train/heatmap": ("heatmap", 8),
+    "val/loss": ("val loss", 9),
+    "val/accuracy": ("accuracy", 8),
+    "val/balanced_accuracy": ("balanced", 8),
+    "val/macro_f1": ("macro F1", 8),
+    "val/auroc": ("AUROC", 7),
+    "val/background_share": ("background", 10),
+}
+LEGEND = (
+    "train loss = (1 - P) classification + P heatmap loss; val: accuracy, balanced accuracy, macro F1, AUROC (1 is best), "
+    "background = share of relevance outside the masks (0 is best)"
+)
+
+
+def say(text: str = "") -> None:
+    """Prints on standard output, in the first process only."""
+    if not rank():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning's tips, banners and advice are left out; this package's own warnings, and others', are one line each."""
+    loggers = [logging.getLogger(name) for name in ("lightning", "lightning.pytorch", "lightning.fabric", "lightning_utilities")]
+    levels = [logger.level for logger in loggers]
+    seen: set[str] = set()
+
+    def show(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+        line = one_line(message)
+        if not rank() and line not in seen:
+            seen.add(line)
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        warnings.filterwarnings("ignore", category=PossibleUserWarning)
+        warnings.filterwarnings("ignore", module=r"lightning(_utilities|_fabric)?(\.|$)")
+        warnings.filterwarnings("ignore", module=r"torch\.(jit|distributed|onnx)(\.|$)")
+        warnings.filterwarnings("ignore", message=".*(num_workers|sanity|litlogger|lr_scheduler.step).*")
+        warnings.showwarning = show
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def settings_kept() -> Iterator[None]:
+    """torch's process-wide settings are afterwards what they were: TF32, deterministic algorithms, cuDNN's benchmark, the seed."""
+    state = torch.get_rng_state()
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    tf32 = cudnn.allow_tf32, matmul.allow_tf32
+    benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
+    algorithms, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        cudnn.allow_tf32, matmul.allow_tf32 = tf32
+        cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
+        torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+
+
+class Console(ProgressBar):
+    """Lightning's progress bar, as this tool shows it: on a terminal a line on standard error that moves with the steps, and
+    everywhere one line an epoch on standard output.
+
+    Args:
+        epochs: print the table of epochs (of `fit`).
+    """
+
+    def __init__(self, epochs: bool = True) -> None:
+        super().__init__()
+        self.epochs, self.on = epochs, True
+        self.moves = sys.stderr.isatty()
+        self.shown = 0.0
+        self.columns: list[str] = []
+        self.start = time.perf_counter()
+
+    def disable(self) -> None:
+        """Shows nothing from now on."""
+        self.on = False
+
+    def enable(self) -> None:
+        """Shows again."""
+        self.on = True
+
+    # ---- the line that moves -----------------------------------------------------------------------------------------
+
+    def _move(self, label: str, done: int, total: float, note: str = "") -> None:
+        now = time.perf_counter()
+        if not (self.on and self.moves) or (now - self.shown < 0.1 and done < total):
+            return
+        self.shown = now
+        share = min(1.0, done / total) if total and total != float("inf") else 0.0
+        bar = "#" * round(24 * share)
+        sys.stderr.write(f"\r{f'{label} [{bar:-<24}] {done}/{total} {now - self.start:4.0f} s  {note}'[:110]:<110}")
+        sys.stderr.flush()
+
+    def _clear(self) -> None:
+        if self.on and self.moves:
+            sys.stderr.write("\r" + 110 * " " + "\r")
+            sys.stderr.flush()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The clock of the epoch."""
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """One step further. The loss is read only when it is shown: reading it waits for the device."""
+        if not (self.on and self.moves) or time.perf_counter() - self.shown < 0.1:
+            return
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        note = f"loss {float(loss):.4f}" if isinstance(loss, torch.Tensor) else ""
+        self._move(f"epoch {trainer.current_epoch + 1}/{_total(trainer)}", batch_idx + 1, self.total_train_batches, note)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """One batch of the evaluation further."""
+        self._evaluating(trainer, "validation", trainer.num_val_batches)
+
+    def on_test_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """One batch of the test further."""
+        self._evaluating(trainer, "test", trainer.num_test_batches)
+
+    def on_predict_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """One batch of the prediction further."""
+        self._evaluating(trainer, "predict", trainer.num_predict_batches)
+
+    def on_validation_start(self, *_: Any) -> None:
+        """Counting begins."""
+        self.done = 0
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def _evaluating(self, trainer: Trainer, label: str, batches: Any) -> None:
+        self.done = getattr(self, "done", 0) + 1
+        self._move(label, self.done, sum(batches) if isinstance(batches, list) else batches)
+
+    # ---- one line an epoch -------------------------------------------------------------------------------------------
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The epoch's line."""
+        self._clear()
+        if not (self.on and self.epochs):
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if not self.columns or not set(metrics) & set(COLUMNS) <= set(self.columns):
+            self.columns = [name for name in COLUMNS if name in metrics]
+            say(f"{'epoch':>9} {'time':>7}  " + "  ".join(f"{COLUMNS[n][0]:>{COLUMNS[n][1]}}" for n in self.columns))
+        cells = [f"{metrics[n]:>{COLUMNS[n][1]}.4f}" if n in metrics else " " * COLUMNS[n][1] for n in self.columns]
+        epoch = f"{trainer.current_epoch + 1}/{_total(trainer)}"
+        say(f"{epoch:>9} {time.perf_counter() - self.start:>5.1f} s  " + "  ".join(cells))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The error's line begins on a fresh line."""
+        self._clear()
+
+
+def _total(trainer: Trainer) -> str:
+    return str(trainer.max_epochs) if trainer.max_epochs and trainer.max_epochs > 0 else "?"
+
+
+def table(metrics: dict[str, float], title: str) -> str:
+    """Metrics as an aligned table.
+
+    Example:
+        >>> print(table({"val/accuracy": 0.875, "val/loss": 0.5}, "validation"))
+        validation
+          accuracy  0.8750
+          loss      0.5000
+    """
+    names = {name: name.split("/", 1)[-1].replace("_", " ") for name in metrics}
+    width = max(map(len, names.values()), default=0)
+    return "\n".join([title, *(f"  {names[name]:<{width}}  {value:.4f}" for name, value in metrics.items())])
