@@ -54,7 +54,8 @@ def test_grey_in_every_mode_is_the_same_image(tmp_path, mode):
     tolerance = 1 if mode in ("CMYK", "YCbCr") else 0
     for channels in (1, 3):
         image = read(path, channels)
-        assert image.shape == (channels, 20, 30) and image.dtype == np.uint8
+        assert image.shape == (channels, 20, 30)
+        assert image.dtype == np.uint8
         assert abs(image.astype(int) - RAMP).max() <= tolerance, mode
 
 
@@ -75,7 +76,8 @@ def test_one_bit_palette_and_transparent_files(tmp_path):
     colours.putpalette([10, 20, 30, 200, 100, 0])
     colours.save(tmp_path / "p.png", transparency=0)
     image = read_image(tmp_path / "p.png", spec(30, 30, 3)).numpy()
-    assert (image[:, 0, 0] == (10, 20, 30)).all() and (image[:, 15, 15] == (200, 100, 0)).all()
+    assert (image[:, 0, 0] == (10, 20, 30)).all()
+    assert (image[:, 15, 15] == (200, 100, 0)).all()
 
 
 def test_sixteen_bits_by_window_and_by_the_bits_that_hold_values(tmp_path):
@@ -120,7 +122,8 @@ def test_photographs_stand_upright_and_so_do_their_masks(tmp_path, orientation):
     stored.save(tmp_path / "a.png", exif=exif)
     want = np.array(upright)
     got = read_pixels(tmp_path / "a.png").values
-    assert got.shape == want.shape and (got == want).all()
+    assert got.shape == want.shape
+    assert (got == want).all()
     assert (mask_of(tmp_path / "a.png").mask == mask_of(make.save(tmp_path / "b.png", want)).mask).all()
 
 
@@ -144,11 +147,13 @@ def test_every_size_fits(tmp_path_factory, fit, size, goal):
     assert image.shape == (1, *goal)
     mask = read_mask(path, spec(*goal, fit=fit)).mask
     if fit == "pad":
-        assert set(image.unique().tolist()) <= {0, 200} and ((mask > 0) == (image > 0)).all()
+        assert set(image.unique().tolist()) <= {0, 200}
+        assert ((mask > 0) == (image > 0)).all()
         rows, columns = (image[0] > 0).any(1).sum().item(), (image[0] > 0).any(0).sum().item()
         assert rows == goal[0] or columns == goal[1]
     else:
-        assert (image == 200).all() and (mask == 255).all()
+        assert (image == 200).all()
+        assert (mask == 255).all()
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -164,7 +169,8 @@ def test_image_and_mask_move_together(tmp_path, fit, size):
         read = read_mask(tmp_path / "mask.png", spec(32, 32, fit=fit), image_size=size)
         assert ((image > 127) != (read.mask > 0)).float().mean() < 0.04
         sample = read_sample(Sample("x", tmp_path / "image.png", tmp_path / "mask.png"), spec(32, 32, fit=fit))
-        assert sample.facts.mask_size == ("same" if zoom == 1 else "scaled") and (sample.mask == read.mask).all()
+        assert sample.facts.mask_size == ("same" if zoom == 1 else "scaled")
+        assert (sample.mask == read.mask).all()
         assert sample.facts.share == pytest.approx(read.mask.float().mean().item() / 255)
 
 
@@ -196,8 +202,9 @@ def save_mask(path, kind):
         image.putpalette([255, 255, 255, 255, 0, 0])
     elif kind == "colour":
         image = Image.fromarray(DISC[..., None] * np.array([64, 0, 0], np.uint8))
-    elif kind == "alpha":
-        image = Image.fromarray(np.concatenate([np.zeros((30, 30, 3), np.uint8), DISC[..., None] * 255], 2))
+    elif kind in ("alpha", "overlay"):
+        alpha = DISC[..., None] * (255 if kind == "alpha" else 90)
+        image = Image.fromarray(np.concatenate([np.zeros((30, 30, 3), np.uint8), alpha], 2).astype(np.uint8))
     elif kind == "labels":
         labels = DISC.copy()
         labels[15:] *= 2
@@ -209,15 +216,19 @@ def save_mask(path, kind):
 KINDS = {
     "1": "binary", "L": "binary", "LA": "binary", "RGB": "binary", "RGBA": "binary", "I;16": "binary", "0/1": "binary",
     "0/100": "binary", "palette": "palette", "palette, black last": "palette", "palette, no black": "palette",
-    "colour": "colour", "alpha": "alpha", "labels": "labels",
+    "colour": "colour", "alpha": "alpha", "overlay": "alpha", "labels": "labels",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_masks(tmp_path, kind):
     read = mask_of(save_mask(tmp_path / "m.png", kind))
-    assert read.kind == KINDS[kind] and read.kind in MASK_KINDS and read.state == "ok" and read.size == (30, 30)
-    assert read.mask.dtype == torch.uint8 and (read.mask[0].numpy() == DISC * 255).all()
+    assert read.kind == KINDS[kind]
+    assert read.kind in MASK_KINDS
+    assert read.state == "ok"
+    assert read.size == (30, 30)
+    assert read.mask.dtype == torch.uint8
+    assert (read.mask[0].numpy() == DISC * 255).all()
     assert (mask_of(tmp_path / "m.png", invert=True).mask[0].numpy() == 255 - DISC * 255).all()
 
 
@@ -230,7 +241,8 @@ def test_anti_aliased_soft_and_jpeg_masks(tmp_path):
     make.save(tmp_path / "a.jpg", smooth)
     assert mask_of(tmp_path / "a.jpg").kind == "anti-aliased"
     path = make.save(tmp_path / "s.png", blurred)
-    assert mask_of(path).kind == "soft" and (mask_of(path).mask[0].numpy() == 255 * (blurred >= 127.5)).all()
+    assert mask_of(path).kind == "soft"
+    assert (mask_of(path).mask[0].numpy() == 255 * (blurred >= 127.5)).all()
     assert (mask_of(path, threshold=0.9).mask[0].numpy() == 255 * (blurred >= 229.5)).all()
     assert (mask_of(path, soft=True).mask[0].numpy() == blurred).all()
     assert (mask_of(path, soft=True, invert=True).mask[0].numpy() == 255 - blurred).all()
@@ -276,7 +288,8 @@ def test_masks_without_a_meaning_are_refused(tmp_path):
         (np.array([[0.0, 1.5]]), "from 0 to 1.5"),
     ):
         np.save(tmp_path / "m.npy", values)
-        assert said in refused(mask_of, tmp_path / "m.npy") and str(tmp_path / "m.npy") in refused(mask_of, tmp_path / "m.npy")
+        assert said in refused(mask_of, tmp_path / "m.npy")
+        assert str(tmp_path / "m.npy") in refused(mask_of, tmp_path / "m.npy")
     np.save(tmp_path / "m.npy", DISC * 255.0)  # whole numbers as floats
     assert (mask_of(tmp_path / "m.npy").mask[0].numpy() == DISC * 255).all()
     np.save(tmp_path / "m.npy", DISC > 0)
@@ -286,7 +299,8 @@ def test_masks_without_a_meaning_are_refused(tmp_path):
 def test_a_mask_of_another_shape_is_said(tmp_path):
     make.save(tmp_path / "i.png", RAMP), make.save(tmp_path / "m.png", DISC)
     read = read_sample(Sample("x", tmp_path / "i.png", tmp_path / "m.png"), spec())
-    assert read.facts.mask_size == "other" and read.mask.shape == (1, 20, 30)
+    assert read.facts.mask_size == "other"
+    assert read.mask.shape == (1, 20, 30)
 
 
 # ---- hashes, arrays, what cannot be read ---------------------------------------------------------------------
@@ -307,18 +321,25 @@ def test_equal_pictures_have_equal_hashes(tmp_path):
     assert len({sha(tmp_path / name) for name in ("a.png", "f.png", "g.png", "h.png")}) == 4
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_files_that_cannot_be_read_are_named(tmp_path):
     whole = make.save(tmp_path / "ok.png", np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)).read_bytes()
     Image.fromarray(RAMP).save(tmp_path / "ok.jpg")
     contents = {
-        "cut.png": whole[: len(whole) // 2], "cut.jpg": (tmp_path / "ok.jpg").read_bytes()[:-40], "empty.png": b"", "text.png": b"hello",
-        "crc.png": whole[:60] + b"\0\0\0\0" + whole[64:], "head.png": whole[:20], "bad.npy": b"\x93NUMPY nonsense", "bad.tif": b"II*\0" + b"\xff" * 40,
-    }  # fmt: skip
+        "cut.png": whole[: len(whole) // 2],
+        "cut.jpg": (tmp_path / "ok.jpg").read_bytes()[:-40],
+        "empty.png": b"",
+        "text.png": b"hello",
+        "crc.png": whole[:60] + b"\0\0\0\0" + whole[64:],
+        "head.png": whole[:20],
+        "bad.npy": b"\x93NUMPY nonsense",
+        "bad.tif": b"II*\0" + b"\xff" * 40,
+    }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         for call in (read_image, read_mask):
             message = refused(call, tmp_path / name, spec())
-            assert message.startswith(f"cannot read the image {tmp_path / name}: ") and len(message) > 30 + len(str(tmp_path)), name
+            assert message.startswith(f"cannot read the image {tmp_path / name}: "), name
     assert "the file is empty" in refused(read, tmp_path / "empty.png")
     assert "did you mean 'ok.png'" in refused(read, tmp_path / "okk.png")
     (tmp_path / "folder.png").mkdir()
@@ -371,7 +392,10 @@ def test_chest_xrays():
     listing = list_samples(cxr_tb(), columns={"image": "file", "group": "site"})
     for sample in listing.samples[::29]:
         read = read_sample(sample, InputSpec((64, 64), 3, listing.classes))
-        assert read.image.shape == (3, 64, 64) and read.facts.mask_kind == "binary" and read.facts.mask_state == "ok"
-        assert 0.05 < read.facts.share < 0.5 and (read.facts.height, read.facts.width, read.facts.mode) == (224, 224, "L")
+        assert read.image.shape == (3, 64, 64)
+        assert read.facts.mask_kind == "binary"
+        assert read.facts.mask_state == "ok"
+        assert 0.05 < read.facts.share < 0.5
+        assert (read.facts.height, read.facts.width, read.facts.mode) == (224, 224, "L")
         stored = np.array(Image.open(sample.mask).convert("L"))
         assert (read_mask(sample.mask, spec(224, 224)).mask[0].numpy() == stored).all()
