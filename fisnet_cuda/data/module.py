@@ -147,6 +147,7 @@ class MaskedImageData(LightningDataModule):
         if len(fractions) != 3:
             raise InputError(f"fractions must be three numbers, shares of train, val and test, got {fractions}")
         self.batch_size, self.workers, self.balance, self.seed = batch_size, workers, balance, seed
+        self.keep_groups = keep_groups
         self.augmentation = Augmentation(augment, soft_masks=soft_masks)
         self.listing = list_samples(
             path, masks, form, mask_suffix=mask_suffix, columns=columns, keys=keys, mask_from=mask_from, classes=classes, labels=labels
@@ -187,7 +188,7 @@ class MaskedImageData(LightningDataModule):
         """What was found in the data; ``print`` it."""
         from .report import DataReport
 
-        return DataReport.of(self.listing, self.splits, self.store)
+        return DataReport.of(self.listing, self.splits, self.store, self.keep_groups)
 
     def prepare_data(self) -> None:
         """Decode into the cache on disk, once a machine; Lightning calls it."""
@@ -379,7 +380,8 @@ def _with_others(
     splits = list(split(main, tuple(shares), seed, keep_groups))
     samples = list(main.samples)
     for name, listing in listings.items():
-        samples += [replace(sample, name=f"{name}:{sample.name}", split=name if name in serving else None) for sample in listing.samples]
+        declared = name if name in serving else None
+        samples += [replace(sample, name=f"{name}:{sample.name}", split=declared) for sample in listing.samples]
         splits += [name] * len(listing.samples)
     everything = [main, *listings.values()]
     return (

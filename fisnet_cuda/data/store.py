@@ -308,7 +308,7 @@ def _open(folder: Path, listing: Listing) -> Store | None:
         if meta["format"] != FORMAT or not len(images) == len(masks) == len(facts) == len(listing.samples):
             return None
         return Store(images, masks, *_known(listing), facts, folder)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
 
 
