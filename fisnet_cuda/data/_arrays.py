@@ -96,7 +96,7 @@ def list_hdf5(path: Path, keys: Mapping[str, str]) -> Found:
             single = _single_images(shapes, keys)
             if single:
                 return _list_single(path, file, shapes, keys, single)
-            found = _list_arrays(_Arrays(path, shapes, lambda key: array(path, key)), "hdf5", keys)
+            found = _list_arrays(_Arrays(path, shapes, lambda key: np.asarray(file[key][()])), "hdf5", keys)
             if found.classes is None and "classes" in file.attrs:
                 found.classes = _class_names(file.attrs["classes"], found.entries, shown(path))
             return found

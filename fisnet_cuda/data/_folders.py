@@ -135,7 +135,13 @@ class _Tree:
                 break
             depth += 1
         rest = folders[depth:]
-        if kind is None and rest and rest[0].lower() in MASK_FOLDERS:
+        inner = self.below.get(folders[: depth + 1], set()) if rest else set()
+        if kind is None and inner & IMAGE_FOLDERS and inner & MASK_FOLDERS:  # <class>/images/x.png and <class>/masks/x.png
+            name = rest[1].lower() if len(rest) > 1 else None
+            if name not in IMAGE_FOLDERS | MASK_FOLDERS:
+                return "beside the folders of images and masks, in none of them"
+            kind, rest = "image" if name in IMAGE_FOLDERS else "mask", (rest[0], *rest[2:])
+        elif kind is None and rest and rest[0].lower() in MASK_FOLDERS:
             kind = "mask?"
         return _Place(split, kind or "image", rest)
 

@@ -38,7 +38,7 @@ def shown(name: object) -> str:
     """A name as one printable line: control characters and bytes that are no UTF-8 are escaped.
 
     >>> shown("a\\nb"), shown("r\\u00f6ntgen.png"), shown("\\udcff.png")
-    ('a\\\\x0ab', 'röntgen.png', '\\\\xff.png')
+    ('a\\\\nb', 'röntgen.png', '\\\\xff.png')
     """
     text = name.as_posix() if isinstance(name, PurePath) else str(name)
     if text.isprintable():

@@ -147,6 +147,8 @@ def list_items(
         for role in ROLES:
             cells[role] = _cell(item.get(keys[role]), role, f"{source}, {where}")
         if not cells["image"]:
+            if keys["image"] in item:
+                raise InputError(f"{source}, {where}: no image is named")
             names = [str(key) for key in item]
             raise InputError(
                 f"{source}, {where} has no {keys['image']!r}: it has {', '.join(map(shown, names)) or 'nothing'}; "
@@ -320,7 +322,7 @@ def _lost(lost: list[tuple[_Row, str, str, list[Path]]], source: str) -> InputEr
     options = [os.path.join(folder, other) for root in roots for other in names_in(root / folder)]
     more = f", nor are {len(lost) - 1:,} more" if len(lost) > 2 else ", nor is one more" if len(lost) == 2 else ""
     where = "" if os.path.isabs(name) else f" in {' or '.join(shown(root) for root in roots)}"
-    return InputError(f"{source}, {row.where}: {role} {shown(name)} not found{where}{more}{near(name, options)}")
+    return InputError(f"{source}, {row.where}: {role} {shown(name[:200])} not found{where}{more}{near(name, options)}")
 
 
 def label_text(label: str) -> str:

@@ -451,7 +451,7 @@ def _share(pixels: Pixels, foreground: Sequence[int] | None, name: str) -> tuple
     if pixels.alpha is not None:
         visible = values[pixels.alpha > 0]
         if not len(visible) or (visible == visible[0]).all():
-            return pixels.alpha.astype(np.float32) / 255, "alpha"
+            return _grey(pixels.alpha, name)[0], "alpha"  # an overlay is often half transparent throughout
     if values.ndim == 3 and (values[..., :1] == values).all():
         values = values[..., 0]
     if values.ndim == 3:

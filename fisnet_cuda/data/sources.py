@@ -39,8 +39,8 @@ def list_samples(
     Forms, and what "auto" takes for them:
 
     - "folder": ``path/<class>/x.png``, masks of the same name (any extension) in a parallel folder: ``masks``, or ``path/masks``
-      beside ``path/images``. Splits may be folders, too: ``path/train/<class>/x.png``, ``path/train/images/<class>/x.png``. Images
-      in no folder have no label.
+      beside ``path/images``, or ``path/<class>/masks`` beside ``path/<class>/images``. Splits may be folders, too:
+      ``path/train/<class>/x.png``, ``path/train/images/<class>/x.png``. Images in no folder have no label.
     - "suffix": as "folder", but the mask lies beside its image: ``x.png``, ``x_mask.png``. Auto: some image has such a mask.
     - "csv": a table with a header, columns image, mask, label, split, group; files relative to it, or to the folders images and
       masks beside it. Without a column of masks, masks are found by name in that folder. Auto: a .csv file, or a folder that holds
@@ -82,14 +82,16 @@ def list_samples(
         (('TB', 'normal'), ['images/TB/a.png', 'images/normal/b.png'], ('images/normal/b.png',))
     """
     _check_options(form, mask_from, columns, keys)
-    columns, keys = dict(columns or {}), dict(keys or {})
+    columns, keys = ({role: name for role, name in (given or {}).items() if name is not None} for given in (columns, keys))
     mask_folder = None if masks is None else Path(masks).expanduser()
     if isinstance(path, (str, os.PathLike)):
+        if not os.fspath(path):
+            raise InputError("path is empty: name a folder or a file")
         found = _list_path(Path(path).expanduser(), mask_folder, form, mask_suffix, columns, keys, mask_from)
     else:
         if form not in ("auto", "list"):
             raise InputError(f"form={form!r} needs a path, and path is a {type(path).__name__}: leave form out")
-        if not isinstance(path, (Sequence, Mapping)):
+        if not isinstance(path, (Sequence, Mapping)) or isinstance(path, bytes):
             raise InputError(f"path must be a path or a list of dicts, got {type(path).__name__}")
         found = list_items(path, Path(), "the list", mask_folder, mask_suffix, columns, mask_from)
     if mask_from == "nonzero":

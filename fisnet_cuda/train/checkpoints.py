@@ -117,8 +117,8 @@ class Checkpoints(Checkpoint):
                     shutil.copyfile(other, copy)
         if trainer.strategy.broadcast(there is None):
             warnings.warn(
-                f"{self.run / 'best.ckpt'} is not that of epoch {self.best['epoch']}, which was the best so far: of the epochs from here "
-                "on the best will be kept",
+                f"{self.run / 'best.ckpt'} is not that of epoch {self.best['epoch']}, the best so far: the best of the epochs from "
+                "here on will be kept",
                 FisnetWarning,
                 stacklevel=2,
             )

@@ -59,12 +59,14 @@ class HeatmapFigures(pl.Callback):
             self._batch = data.prepare(subset.__getitems__(pick(subset.labels, subset.store.has_mask[subset.indices], self.images)))
         from ..plot import heatmap_grid
 
+        which = "Validation" if self._split == "val" else "Training"
+        epochs = f"{epoch + 1} epoch{'s' if epoch else ''}"
         stage = "before C1 and C2 are tuned, " if tuning(pl_module) else ""
         try:
             heatmap_grid(
                 self.run / "heatmaps" / f"epoch-{epoch:04d}.png",
                 rows(pl_module, data, self._batch),
-                title=f"{'Validation' if self._split == 'val' else 'Training'} images after {epoch + 1} epoch{'s' if epoch else ''} ({stage}step {trainer.global_step})",
+                title=f"{which} images after {epochs} ({stage}step {trainer.global_step})",
             )
         except OSError as error:  # a figure is not worth a training
             warnings.warn(f"the heatmaps of epoch {epoch} could not be drawn: {error}", FisnetWarning, stacklevel=2)

@@ -386,11 +386,21 @@ class ISNetModule(pl.LightningModule):
             self.classification.set_weights(self._class_weights)
         if stage != "fit":
             return
+        self._check_data(getattr(self.trainer, "datamodule", None))
         tune_epochs, last = self.hparams["tune_epochs"], self.trainer.max_epochs
         if self.tuning and last is not None and 0 < last <= tune_epochs:
             raise InputError(f"tune_epochs is {tune_epochs} and training ends after {last} epochs: none is left for the heatmap loss")
         if self.hparams["compile"]:
             self.net.compile()
+
+    def _check_data(self, data: Any) -> None:
+        if self.variant != "standard" and hasattr(data, "subset"):
+            subset = data.subset("train")
+            if not bool(subset.store.has_mask[subset.indices].any()):
+                raise InputError(f"none of the {len(subset)} training images has a mask, and variant {self.variant!r} learns from "
+                                 f"masks: say where they are, or train the plain classifier with variant 'standard'")  # fmt: skip
+        if self.hparams["schedule"] == "plateau" and "val" not in getattr(data, "splits", ["val"]):
+            raise InputError("schedule 'plateau' goes by val/loss, and there is no validation split: choose another")
 
     def configure_callbacks(self) -> list[pl.Callback]:
         from .tuning import TuneC1C2

@@ -165,7 +165,7 @@ def _numbers(trainer: pl.Trainer) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, float]]) -> str:
-    """Rows as CSV: a column for each key of any row, "seconds" the last; empty where a row has none.
+    """Rows as CSV: a column for each key of any row, train/ before val/; empty where a row has none.
 
     Example:
         >>> print(table([{"epoch": 0, "a": 1 / 3, "seconds": 1.5}, {"epoch": 1, "b": float("nan"), "seconds": 2.0}]), end="")
@@ -173,8 +173,9 @@ def table(rows: list[dict[str, float]]) -> str:
         0,0.333333333,,1.5
         1,,nan,2
     """
-    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("lr", "seconds")))
-    columns += [key for key in ("lr", "seconds") if any(key in row for row in rows)]
+    keys = {key for row in rows for key in row}
+    first, last = ("epoch", "step"), ("lr", "seconds")
+    columns = [key for key in first if key in keys] + sorted(keys - {*first, *last}) + [key for key in last if key in keys]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

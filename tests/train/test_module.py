@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -437,6 +438,27 @@ def test_masks_that_cannot_be_right_are_one_line():
 
     with pytest.raises(InputError, match=r"masks must be within \[0, 1\]"):
         fit(module(), Wrong())
+
+
+@pytest.mark.parametrize("masks", [0, 1])
+def test_a_training_split_without_any_mask_is_for_the_standard_variant(masks):
+    data = Data()
+    has_mask = torch.tensor([True, True, masks > 0, False])
+    subset = type("Subset", (), {"store": SimpleNamespace(has_mask=has_mask), "indices": torch.tensor([2, 3]), "__len__": lambda s: 2})
+    data.subset = lambda name: subset()
+    fit(module(variant="standard"), data, max_epochs=1)
+    if masks:
+        fit(module(), data, max_epochs=1)
+    else:
+        with pytest.raises(InputError, match="none of the 2 training images has a mask, and variant 'selective' learns from masks"):
+            fit(module(), data, max_epochs=1)
+
+
+def test_plateau_needs_a_validation_split():
+    data = Data()
+    data.splits = ["train", "test"]
+    with pytest.raises(InputError, match="schedule 'plateau' goes by val/loss, and there is no validation split"):
+        fit(module(schedule="plateau"), data)
 
 
 def test_rules_by_layer():
