@@ -19,7 +19,7 @@ if not __package__:  # run as a file: the package is one folder up
 from benchmarks import common
 
 # memory before step, which shows the peaks that memory measured
-NAMES = ("memory", "step", "heatmap", "classes", "ops")
+NAMES = ("memory", "step", "heatmap", "classes", "loader", "ops")
 SUFFIXES = (".json", ".md", ".png")
 
 

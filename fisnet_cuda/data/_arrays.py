@@ -239,7 +239,9 @@ def _list_stack(arrays: _Arrays, roles: Mapping[str, str], split: str | None, se
     n = shape[0]
     for role, name in roles.items():
         if role != "classes" and (arrays.shapes[name] or (0,))[0] != n:
-            raise InputError(f"{source}: {shown(name)} has the shape {list(arrays.shapes[name])}, and there are {n:,} images in {shown(key)}")
+            raise InputError(
+                f"{source}: {shown(name)} has the shape {list(arrays.shapes[name])}, and there are {n:,} images in {shown(key)}"
+            )
     columns: dict[str, Sequence[str | None]] = {
         role: _texts(arrays.values(roles[role]), f"{source}: {shown(roles[role])}") if role in roles else [None] * n
         for role in ("label", "split", "group")
@@ -273,7 +275,9 @@ def _texts(values: Any, where: str) -> list[str | None]:
     if values.ndim == 2 and values.shape[1] > 1:
         numbers = values.astype(float) if values.dtype.kind in "biuf" else np.full(values.shape, np.nan)
         if not (np.isin(numbers, (0, 1)).all() and (numbers.sum(1) == 1).all()):
-            raise InputError(f"{where} has the shape {list(values.shape)}: one label an image is needed (a number, a text or a one-hot row)")
+            raise InputError(
+                f"{where} has the shape {list(values.shape)}: one label an image is needed (a number, a text or a one-hot row)"
+            )
         values = numbers.argmax(1)
     if values.size != len(values):
         raise InputError(f"{where} has the shape {list(values.shape)}: one label an image is needed")
@@ -336,7 +340,9 @@ def list_idx(path: Path) -> Found:
         if beside is not None:
             values = array(folder / beside, "")
             if values.shape != (len(images),):
-                raise InputError(f"{shown(folder / beside)} has the shape {list(values.shape)}, and {shown(name)} holds {len(images):,} images")
+                raise InputError(
+                    f"{shown(folder / beside)} has the shape {list(values.shape)}, and {shown(name)} holds {len(images):,} images"
+                )
             labels = _texts(values, shown(folder / beside))
         entries += [Entry(f"{shown(name)}:{i}", ArrayItem(folder / name, "", i), None, labels[i], split) for i in range(len(images))]
     return Found(entries, folder, "idx")
@@ -440,7 +446,9 @@ def _load_idx(path: str) -> np.ndarray:
     kind = np.dtype(kinds[content[2]])
     wanted = int(np.prod(shape, dtype=object)) * kind.itemsize
     if len(content) - start != wanted:
-        raise ValueError(f"{len(content) - start:,} bytes of values where {list(shape)} needs {wanted:,}: the file is cut off or too long")
+        raise ValueError(
+            f"{len(content) - start:,} bytes of values where {list(shape)} needs {wanted:,}: the file is cut off or too long"
+        )
     return np.frombuffer(content, kind, offset=start).reshape(shape)
 
 

@@ -13,9 +13,8 @@ from typing import NamedTuple
 from ..errors import InputError
 
 IMAGE_SUFFIXES = frozenset(
-    f".{suffix}"
-    for suffix in ("png", "jpg", "jpeg", "jpe", "jfif", "bmp", "dib", "tif", "tiff", "gif", "webp")
-    + ("pgm", "ppm", "pbm", "pnm", "jp2", "j2k", "npy")
+    f".{kind}"
+    for kind in "png jpg jpeg jpe jfif bmp dib tif tiff gif webp pgm ppm pbm pnm jp2 j2k npy".split()  # noqa: SIM905
 )
 IMAGE_FOLDERS = frozenset(("images", "image", "imgs", "img"))
 MASK_FOLDERS = frozenset(("masks", "mask", "segmentations", "segmentation", "segs", "seg", "annotations"))
@@ -73,7 +72,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def first_few(names: Sequence[object], most: int = 3) -> str:
-    """"a, b, c and 4 more"."""
+    """ "a, b, c and 4 more"."""
     text = ", ".join(shown(name) for name in names[:most])
     return text + (f" and {len(names) - most:,} more" if len(names) > most else "")
 

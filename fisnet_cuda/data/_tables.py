@@ -258,9 +258,7 @@ def _resolve(
     return Found(entries, root, form, None, left, ignored)
 
 
-def _match_folder(
-    entries: list[Entry], folder: Path, image_roots: list[Path], mask_suffix: str
-) -> tuple[list[str], list[str]]:
+def _match_folder(entries: list[Entry], folder: Path, image_roots: list[Path], mask_suffix: str) -> tuple[list[str], list[str]]:
     files, ignored = walk(folder)
     mask_files = [_mask_file(folder, file) for file in files]
     if not mask_files:
@@ -320,7 +318,7 @@ def _lost(lost: list[tuple[_Row, str, str, list[Path]]], source: str) -> InputEr
     row, role, name, roots = lost[0]
     folder, _ = os.path.split(name)
     options = [os.path.join(folder, other) for root in roots for other in names_in(root / folder)]
-    more = f" (and {len(lost) - 1:,} more files are missing)" if len(lost) > 1 else ""
+    more = f", nor are {len(lost) - 1:,} more" if len(lost) > 2 else ", nor is one more" if len(lost) == 2 else ""
     where = "" if os.path.isabs(name) else f" in {' or '.join(shown(root) for root in roots)}"
     return InputError(f"{source}, {row.where}: {role} {shown(name)} not found{where}{more}{near(name, options)}")
 

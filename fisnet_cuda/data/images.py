@@ -19,7 +19,18 @@ from ._paths import missing, shown
 from .samples import ArrayItem, Sample
 from .spec import InputSpec
 
-__all__ = ["MASK_KINDS", "Facts", "MaskRead", "Pixels", "SampleRead", "close_files", "read_image", "read_mask", "read_pixels", "read_sample"]
+__all__ = [
+    "MASK_KINDS",
+    "Facts",
+    "MaskRead",
+    "Pixels",
+    "SampleRead",
+    "close_files",
+    "read_image",
+    "read_mask",
+    "read_pixels",
+    "read_sample",
+]
 
 MASK_KINDS = {
     "binary": "two values; the higher is foreground",
@@ -141,7 +152,7 @@ def read_mask(
     foreground: Sequence[int] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> MaskRead:
-    """A mask at the network's resolution, moved exactly as `read_image` moves its image, averaged over areas.
+    """A mask at the network's resolution, resized exactly as `read_image` resizes its image, and cut at ``threshold`` after that.
 
     What the values mean follows from the file (`MASK_KINDS`): two values are background and foreground whatever they are (0 and 1, 0
     and 255); grey levels count as shares of the full range; of palettes, colours and small labels all but black or 0 is foreground.
@@ -149,7 +160,7 @@ def read_mask(
     Args:
         ref: an image file, or an entry of an array.
         spec: size and fit.
-        threshold: in (0, 1]; a pixel is foreground where the mean of its area is at least this. None: 0.5.
+        threshold: in (0, 1]; a pixel is foreground where the (weighted) mean over its area is at least this. None: 0.5.
         soft: keep the shares, as values between 0 and 255, instead.
         invert: the file's foreground is the background.
         foreground: which label values or palette indices are foreground.
@@ -173,7 +184,7 @@ def read_mask(
     if invert:
         share = 1 - share
     size = share.shape
-    fitted = _fit(share, spec, image_size or size, box=True)
+    fitted = _fit(share, spec, image_size or size)
     if soft:
         mask = np.rint(fitted * 255).astype(np.uint8)
     else:
@@ -321,7 +332,7 @@ def _sha256(values: np.ndarray) -> str:
         values = values[..., 0]
     if values.dtype == bool:
         values = values.astype(np.uint8) * 255
-    digest = hashlib.sha256(f"{values.dtype.kind} {values.shape} ".encode())
+    digest = hashlib.sha256(f"{'f' if values.dtype.kind == 'f' else 'u'} {values.shape} ".encode())
     if values.dtype.kind in "iu":  # the same numbers in a wider type are the same image
         values = values.astype("<i8" if values.max() > 255 or values.min() < 0 else "u1")
     digest.update(np.ascontiguousarray(values).data)
@@ -363,7 +374,9 @@ def _eight_bits(values: np.ndarray, window: tuple[float, float] | None, name: st
     low, high = values.min().item(), values.max().item()
     if values.dtype.kind == "f":
         if low < -1e-6 or high > 1 + 1e-6:
-            raise InputError(f"{name} holds floats from {low:.4g} to {high:.4g}: say which are black and white, window=[{low:.4g}, {high:.4g}]")
+            raise InputError(
+                f"{name} holds floats from {low:.4g} to {high:.4g}: say which are black and white, window=[{low:.4g}, {high:.4g}]"
+            )
         return values.clip(0, 1).astype(np.float32)
     if low < 0:
         raise InputError(f"{name} holds values from {low} to {high}: say which are black and white, window=[low, high]")
@@ -375,7 +388,7 @@ def _bits(highest: int) -> int:
     return next(bits for bits in _BITS if highest < 2**bits)
 
 
-def _fit(values: np.ndarray, spec: InputSpec, size: tuple[int, int], box: bool = False) -> np.ndarray:
+def _fit(values: np.ndarray, spec: InputSpec, size: tuple[int, int]) -> np.ndarray:
     """Resize [h, w(, 3)] (uint8, or float32) as an image of ``size`` fits into the network's input."""
     H, W = spec.size
     h, w = values.shape[:2]
@@ -390,7 +403,7 @@ def _fit(values: np.ndarray, spec: InputSpec, size: tuple[int, int], box: bool =
         scale = max(H / size[0], W / size[1])
         kept_h, kept_w = h * min(1.0, H / (size[0] * scale)), w * min(1.0, W / (size[1] * scale))
         region = ((w - kept_w) / 2, (h - kept_h) / 2, (w + kept_w) / 2, (h + kept_h) / 2)
-    resized = _resize(values, inner, region, box)
+    resized = _resize(values, inner, region)
     if inner == (H, W):
         return resized
     top, left = (H - inner[0]) // 2, (W - inner[1]) // 2
@@ -399,16 +412,15 @@ def _fit(values: np.ndarray, spec: InputSpec, size: tuple[int, int], box: bool =
     return whole
 
 
-def _resize(values: np.ndarray, size: tuple[int, int], region: tuple[float, float, float, float], box: bool) -> np.ndarray:
+def _resize(values: np.ndarray, size: tuple[int, int], region: tuple[float, float, float, float]) -> np.ndarray:
     from PIL import Image
 
     if values.dtype != np.uint8 and values.ndim == 3:
-        return np.stack([_resize(np.ascontiguousarray(values[..., i]), size, region, box) for i in range(values.shape[2])], 2)
+        return np.stack([_resize(np.ascontiguousarray(values[..., i]), size, region) for i in range(values.shape[2])], 2)
     if (*size, 0.0, 0.0) == (*values.shape[:2], *region[:2]) and region[2:] == (values.shape[1], values.shape[0]):
         return values
-    how = Image.Resampling.BOX if box else Image.Resampling.BILINEAR
     image = Image.fromarray(values if values.dtype == np.uint8 else values.astype(np.float32))
-    return np.array(image.resize((size[1], size[0]), how, box=region))
+    return np.array(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box=region))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from .sources import list_samples
 from .spec import InputSpec
 from .split import split
 from .store import CACHES, Store
-from .transforms import Augmentation
+from .transforms import Augmentation, prepare
 
 if TYPE_CHECKING:
     from .report import DataReport
@@ -78,7 +78,7 @@ class MaskedImageData(LightningDataModule):
         mean, std: normalisation ``(image - mean) / std`` of images in [0, 1], one number or one a channel.
         fit: "squash", "pad" or "crop" images of another shape.
         window: intensities that become 0 and 1, for 16-bit, integer and float images.
-        mask_threshold: where masks are cut into foreground and background, from 0 to 1.
+        mask_threshold: where masks are cut into foreground and background, in (0, 1].
         soft_masks: keep mask values in between.
         invert_masks: the masks are white where the background is.
         mask_values: which label or palette values are foreground; None: all but 0.
@@ -99,7 +99,7 @@ class MaskedImageData(LightningDataModule):
     Attributes:
         spec: the `InputSpec`.
         listing: all samples, those of ``train``, ``val``, ``test`` and ``tests`` included.
-        splits: for each sample "train", "val", "test", or the name of its test set in ``tests``.
+        splits: for each sample "train", "val", "test", the name of its test set in ``tests``, or "": without a label, in no split.
         store: the decoded pixels, after ``setup()``.
         report: what was found, a `DataReport` (``print`` it), after ``setup()``.
 
@@ -147,6 +147,7 @@ class MaskedImageData(LightningDataModule):
         if len(fractions) != 3:
             raise InputError(f"fractions must be three numbers, shares of train, val and test, got {fractions}")
         self.batch_size, self.workers, self.balance, self.seed = batch_size, workers, balance, seed
+        self.keep_groups = keep_groups
         self.augmentation = Augmentation(augment, soft_masks=soft_masks)
         self.listing = list_samples(
             path, masks, form, mask_suffix=mask_suffix, columns=columns, keys=keys, mask_from=mask_from, classes=classes, labels=labels
@@ -187,7 +188,7 @@ class MaskedImageData(LightningDataModule):
         """What was found in the data; ``print`` it."""
         from .report import DataReport
 
-        return DataReport.of(self.listing, self.splits, self.store)
+        return DataReport.of(self.listing, self.splits, self.store, self.keep_groups)
 
     def prepare_data(self) -> None:
         """Decode into the cache on disk, once a machine; Lightning calls it."""
@@ -201,28 +202,20 @@ class MaskedImageData(LightningDataModule):
             stage: "fit", "validate", "test", "predict"; None: anything will do.
 
         Raises:
-            InputError: files that cannot be read; no training images, or some without a label; fewer than two classes.
+            InputError: files that cannot be read; for "fit", no training images with labels, or fewer than two classes.
         """
         if stage == "fit":
             self._check_fit()
         _ = self.store
 
     def _check_fit(self) -> None:
-        train = self._indices("train")
-        if not train:
-            raise InputError(f"there are no training images in {self.listing.root}: every image was declared to be in another split")
         if len(self.spec.classes) < 2:
             raise InputError(
                 f"training needs at least two classes, and {self.listing.root} has {len(self.spec.classes)} "
                 f"({', '.join(self.spec.classes) or 'no labels'}): put images in one folder a class, or name a label column"
             )
-        for name in ("train", "val"):
-            unknown = [self.listing.samples[i].name for i in self._indices(name) if self.listing.samples[i].label is None]
-            if unknown:
-                raise InputError(
-                    f"{len(unknown)} images of the split {name!r} have no label ({', '.join(unknown[:3])}"
-                    f"{', ...' if len(unknown) > 3 else ''}): label them or take them out"
-                )
+        if not self._indices("train"):
+            raise InputError(f"there are no images to train on in {self.listing.root}: all are in other splits, or have no label")
 
     # ---- subsets ---------------------------------------------------------------------------------------------
 
@@ -318,13 +311,7 @@ class MaskedImageData(LightningDataModule):
             A new dict: ``image`` normalised and ``mask`` in [0, 1], both float32, whatever autocast says; the rest as it was. A
             batch that is prepared already comes back as it is.
         """
-        image, mask = batch["image"], batch["mask"]
-        if image.is_floating_point():
-            return dict(batch)
-        image, mask = image.float().div_(255), mask.float().div_(255)
-        if augment:
-            image, mask = self.augmentation(image, mask, seed)
-        return {**batch, "image": self.spec.normalise(image), "mask": mask}
+        return prepare(batch, self.spec, self.augmentation if augment else None, seed)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Seeds the augmentation while the batch is still on the CPU; Lightning calls it."""
@@ -357,8 +344,8 @@ def _check(*, batch_size: int, workers: int, cache: str, mask_threshold: float, 
         raise InputError(f"workers must be at least 0, got {workers}")
     if cache not in CACHES:
         raise InputError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
-    if not 0 <= mask_threshold <= 1:
-        raise InputError(f"mask_threshold must be from 0 to 1, got {mask_threshold}")
+    if not 0 < mask_threshold <= 1:
+        raise InputError(f"mask_threshold must lie in (0, 1], got {mask_threshold}")
     if seed < 0:
         raise InputError(f"seed must be at least 0, got {seed}")
 
@@ -393,7 +380,8 @@ def _with_others(
     splits = list(split(main, tuple(shares), seed, keep_groups))
     samples = list(main.samples)
     for name, listing in listings.items():
-        samples += [replace(sample, name=f"{name}:{sample.name}", split=None) for sample in listing.samples]
+        declared = name if name in serving else None
+        samples += [replace(sample, name=f"{name}:{sample.name}", split=declared) for sample in listing.samples]
         splits += [name] * len(listing.samples)
     everything = [main, *listings.values()]
     return (

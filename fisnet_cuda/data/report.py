@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any, Protocol
 
 from ..isnet.loss import MaskReport
-from ._paths import first_few, shown
+from ._paths import first_few, natural, shown
 from .samples import SPLITS, Listing
 from .split import split_notes
 
@@ -146,8 +146,8 @@ class DataReport:
             images=len(samples),
             pairs=len(masked),
             counts=counts,
-            groups=dict(sorted(groups.items())),
-            groups_by_class=dict(sorted(by_class.items())),
+            groups=dict(sorted(groups.items(), key=lambda item: natural(item[0]))),
+            groups_by_class=dict(sorted(by_class.items(), key=lambda item: natural(item[0]))),
             sizes=dict(Counter((fact["height"], fact["width"]) for fact in found).most_common()),
             modes=dict(Counter(fact["mode"] for fact in found).most_common()),
             images_without_mask=listing.images_without_mask,
@@ -160,7 +160,7 @@ class DataReport:
             leaks=leaks,
             repeats=repeats,
             contradictions=contradictions,
-            torn_groups=tuple(sorted(torn)),
+            torn_groups=tuple(sorted(torn, key=natural)),
             notes=tuple(split_notes(listing, splits)),
             kept_groups=keep_groups,
         )
@@ -197,11 +197,16 @@ class DataReport:
             )
         if self.contradictions:
             names = [" = ".join(f"{name} ({label or 'no label'})" for label, name in one[:2]) for one in self.contradictions]
-            problems.append(f"{_are(len(self.contradictions), 'image')} there with different labels: {first_few(names)}. Correct them.")
+            n = len(self.contradictions)
+            problems.append(
+                f"{n:,} {_s(n, 'image')} {'has a copy' if n == 1 else 'have copies'} of another class: {first_few(names)}. "
+                f"Correct the labels."
+            )
         if self.repeats:
             copies = sum(len(one) - 1 for one in self.repeats)
             names = [" = ".join(one[:2]) for one in self.repeats]
-            problems.append(f"{copies:,} {_s(copies, 'image')} repeat another one of the same split: {first_few(names)}. They count twice.")
+            repeat = "repeats" if copies == 1 else "repeat"
+            problems.append(f"{copies:,} {_s(copies, 'image')} {repeat} another one of the same split: {first_few(names)}.")
         return problems
 
     def _class_problems(self) -> list[str]:
@@ -227,47 +232,56 @@ class DataReport:
             )
         rows = {group: row for group, row in self.groups_by_class.items() if group}
         pure = [group for group, row in rows.items() if sum(row.values()) >= 5 and sum(n > 0 for n in row.values()) == 1]
-        if len(rows) > 1 and pure and len(self.classes) > 1:
+        if 1 < len(rows) <= _MOST_GROUPS and pure and len(self.classes) > 1:  # more groups are patients, who have one class each
             names = [f"{shown(group)} ({next(label for label, n in rows[group].items() if n)})" for group in pure]
             problems.append(
-                f"SHORTCUT: {_s(len(pure), 'group')} with training images of a single class: {first_few(names)}. What tells the groups "
+                f"SHORTCUT: training images of a group are all of one class: {first_few(names)}. What tells the groups "
                 f"apart tells the class, too: masks and a test set without this coupling matter here."
             )
         if self.counts.get("", {}).get("", 0):
             n = self.counts[""][""]
-            problems.append(f"{n:,} {_s(n, 'image')} without a label: left out of training and evaluation; prediction reads them.")
+            problems.append(f"{_are(n, 'image')} without a label: left out of training and evaluation, prediction reads them.")
         return problems
 
     def _mask_problems(self) -> list[str]:
         problems = []
-        texts = {
-            "empty": "empty (nothing is foreground): they raise the loss and teach nothing. Leave them away where there is no mask.",
-            "full": "without any background: they teach the network nothing about it.",
-            "inverted": "apparently inverted (white along the border, less inside): if white means background, invert the masks.",
-            "lost": "empty after resizing: their foreground is too small for the network's input. Use a larger size, a lower mask "
-            "threshold or soft masks.",
-            "other": "of another shape than their image, and were stretched to it: they may not lie on what they should.",
+        advice = {
+            "empty": ("empty (nothing is foreground)", "Such masks raise the loss and teach nothing: leave them away."),
+            "full": ("without background", "Such masks teach the network nothing about it."),
+            "inverted": ("apparently inverted (white along the border, less inside)", "Invert the masks if white means background."),
+            "lost": (
+                "empty after resizing",
+                "The foreground is too small for the network's input: use a larger size, a lower mask threshold or soft masks.",
+            ),
+            "other": (
+                "of another shape than the image",
+                "Masks are stretched to their images: see that they lie on what they should.",
+            ),
         }
-        for state, text in texts.items():
+        for state, (what, todo) in advice.items():
             names = self.bad_masks.get(state, ())
             if names:
-                problems.append(f"{len(names):,} of {self.pairs:,} masks {'is' if len(names) == 1 else 'are'} {text} ({first_few(names)})")
-        grey = sum(self.mask_kinds.get(kind, 0) for kind in ("soft",))
+                problems.append(f"{self._of_masks(len(names))} {'is' if len(names) == 1 else 'are'} {what}: {first_few(names)}. {todo}")
+        grey = self.mask_kinds.get("soft", 0)
         if grey:
-            problems.append(f"{grey:,} of {self.pairs:,} masks hold grey levels: look at a few, and at the threshold.")
+            problems.append(f"{self._of_masks(grey)} {_hold(grey)} grey levels: look at a few, and at the threshold.")
         labels = sum(self.mask_kinds.get(kind, 0) for kind in ("labels", "palette", "colour"))
         if labels:
             problems.append(
-                f"{labels:,} of {self.pairs:,} masks hold labels or colours: all but 0 (black) was taken as foreground. Choose the "
+                f"{self._of_masks(labels)} {_hold(labels)} labels or colours: all but 0 (black) is taken as foreground. Name the "
                 f"values that are foreground if that is wrong."
             )
         if self.pairs and self.images_without_mask:
             n = len(self.images_without_mask)
-            problems.append(f"{n:,} {_s(n, 'image')} without a mask: {first_few(self.images_without_mask)}. They train the classifier only.")
+            names = first_few(self.images_without_mask)
+            problems.append(f"{_are(n, 'image')} without a mask: {names}. The heatmap loss leaves {'it' if n == 1 else 'them'} out.")
         if self.masks_without_image:
             n = len(self.masks_without_image)
-            problems.append(f"{n:,} {_s(n, 'mask')} without an image: {first_few(self.masks_without_image)}.")
+            problems.append(f"{_are(n, 'mask')} without an image: {first_few(self.masks_without_image)}.")
         return problems
+
+    def _of_masks(self, n: int) -> str:
+        return f"{n:,} of {self.pairs:,} {_s(self.pairs, 'mask')}"
 
     def _file_problems(self) -> list[str]:
         problems = []
@@ -287,7 +301,8 @@ class DataReport:
     # For people, and for files
 
     def __str__(self) -> str:
-        lines = [f"Data     {self.root} ({self.form}): {self.images:,} {_s(self.images, 'image')}, {len(self.classes)} classes", ""]
+        classes = f"{len(self.classes):,} {'class' if len(self.classes) == 1 else 'classes'}" if self.classes else "no labels"
+        lines = [f"Data     {self.root} ({self.form}): {_images(self.images)}, {classes}", ""]
         lines += self._split_table()
         if self.groups:
             lines += ["", *self._group_table()]
@@ -295,7 +310,8 @@ class DataReport:
         problems = self.problems()
         lines += ["", *_wrap(f"Note     {note}." for note in self.notes)]
         if not problems:
-            lines.append("Checks   nothing wrong: no copies across splits, no empty, full or inverted masks, no file without its pair")
+            masks = ", no empty, full or inverted mask, every image has one" if self.pairs else ""
+            lines.append(f"Checks   nothing wrong: no copy of an image in another split or class{masks}")
         else:
             lines.append(f"Look at  {len(problems)} {_s(len(problems), 'thing')} before training:")
             lines += _wrap(f"   {i}. {problem}" for i, problem in enumerate(problems, 1))
@@ -309,12 +325,20 @@ class DataReport:
 
     def _group_table(self) -> list[str]:
         columns = list(self.counts)
-        names = sorted(self.groups, key=lambda group: -sum(self.groups[group].values()))[:_MOST_GROUPS]
-        rows = [[shown(g) if g else "(no group)", *(self.groups[g].get(name, 0) for name in columns)] for g in self.groups if g in names]
-        rest = [g for g in self.groups if g not in names]
-        if rest:
-            rows.append([f"({len(rest):,} more)", *(sum(self.groups[g].get(name, 0) for g in rest) for name in columns)])
+        if len(self.groups) > _MOST_GROUPS:
+            sizes = [sum(row.values()) for row in self.groups.values()]
+            size = f"{min(sizes):,} to {max(sizes):,} images each" if min(sizes) < max(sizes) else f"{_images(sizes[0])} each"
+            return [f"Groups   {len(self.groups):,}, {size}; {self._torn()}"]
+        rows = [
+            [shown(group) if group else "(no group)", *(row.get(name, 0) for name in columns)] for group, row in self.groups.items()
+        ]
         return _table("group", [name or "(no split)" for name in columns], rows, total=False)
+
+    def _torn(self) -> str:
+        if not self.torn_groups:
+            return "each in one split"
+        n = len(self.torn_groups)
+        return f"{n:,} of them in several splits" + ("" if self.kept_groups else " (keep_groups keeps patients or the like whole)")
 
     def _about(self) -> list[str]:
         sizes = [f"{w} x {h}" for h, w in self.sizes]
@@ -332,13 +356,15 @@ class DataReport:
             lines.append("Masks    none: a standard classifier can be trained, an ISNet needs masks")
         else:
             of = "all" if self.pairs == self.images else f"{self.pairs:,} of {self.images:,}"
-            lines.append(f"Masks    {of} images have one; {kinds}" + (f"; {self.scaled_masks:,} scaled to their image" if self.scaled_masks else ""))
+            scaled = f"; {self.scaled_masks:,} scaled to their image" if self.scaled_masks else ""
+            lines.append(f"Masks    {of} images have one; {kinds}{scaled}")
             if self.foreground:
                 low, middle, high = (_percent(share) for share in self.foreground)
                 lines.append(f"         foreground: {middle} of the area in the median, from {low} to {high}")
         if self.ignored:
             reasons = Counter(line.rpartition(": ")[2] for line in self.ignored)
-            lines.append(f"Ignored  {len(self.ignored):,} {_s(len(self.ignored), 'file')}: " + ", ".join(f"{n:,} {r}" for r, n in reasons.most_common(4)))
+            few = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common(4)) + (", ..." if len(reasons) > 4 else "")
+            lines.append(f"Ignored  {len(self.ignored):,} {_s(len(self.ignored), 'file')}: {few}")
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -376,7 +402,9 @@ def _ordered(splits: Any) -> list[str]:
     return [*(name for name in SPLITS if name in known), *sorted(known - {*SPLITS, ""}), *([""] if "" in known else [])]
 
 
-def _duplicates(names: Sequence[str], splits: Sequence[str], labels: Sequence[str], hashes: Sequence[str]) -> tuple[tuple, tuple, tuple]:
+def _duplicates(
+    names: Sequence[str], splits: Sequence[str], labels: Sequence[str], hashes: Sequence[str]
+) -> tuple[tuple, tuple, tuple]:
     same: dict[str, list[int]] = defaultdict(list)
     for i, sha in enumerate(hashes):
         if sha:
@@ -427,6 +455,14 @@ def _wrap(lines: Any) -> list[str]:
 
 def _s(n: int, noun: str) -> str:
     return noun if n == 1 else noun + "s"
+
+
+def _images(n: int) -> str:
+    return f"{n:,} {_s(n, 'image')}"
+
+
+def _hold(n: int) -> str:
+    return "holds" if n == 1 else "hold"
 
 
 def _are(n: int, noun: str) -> str:

@@ -98,9 +98,7 @@ def list_samples(
     return _listing(found, classes, labels)
 
 
-def _check_options(
-    form: str, mask_from: str | None, columns: Mapping[str, str] | None, keys: Mapping[str, str] | None
-) -> None:
+def _check_options(form: str, mask_from: str | None, columns: Mapping[str, str] | None, keys: Mapping[str, str] | None) -> None:
     if form not in FORMS:
         raise InputError(f"form must be one of {', '.join(FORMS)}, got {form!r}{near(str(form), FORMS)}")
     if mask_from not in (None, "nonzero"):
@@ -194,9 +192,7 @@ def _listing(found: Found, classes: Sequence[str] | None, labels: bool) -> Listi
             entry.label = None
     names = _classes(entries, classes if classes is not None else found.classes, found)
     number = {name: i for i, name in enumerate(names)}
-    samples = tuple(
-        Sample(e.name, e.image, e.mask, None if e.label is None else number[e.label], e.split, e.group) for e in entries
-    )
+    samples = tuple(Sample(e.name, e.image, e.mask, None if e.label is None else number[e.label], e.split, e.group) for e in entries)
     return Listing(
         samples,
         names,

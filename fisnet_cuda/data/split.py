@@ -23,9 +23,7 @@ __all__ = ["ManifestRow", "read_manifest", "split", "split_notes", "write_manife
 _COLUMNS = ("name", "label", "split", "group", "has_mask", "sha256")
 
 
-def split(
-    listing: Listing, fractions: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0, keep_groups: bool = False
-) -> list[str]:
+def split(listing: Listing, fractions: Sequence[float] = (0.7, 0.15, 0.15), seed: int = 0, keep_groups: bool = False) -> list[str]:
     """Assign each sample to "train", "val" or "test", each class (and in it, each group) in the same proportions.
 
     Splits that the data declare are kept, with two rules for what they leave open. A split of which the data declare no sample is
@@ -169,7 +167,12 @@ def _by_groups(
 
 
 def _fill(
-    samples: Sequence[Sample], pool: Sequence[int], units: Sequence[Sequence[int]], names: Sequence[str], assigned: dict[int, str], seed: int
+    samples: Sequence[Sample],
+    pool: Sequence[int],
+    units: Sequence[Sequence[int]],
+    names: Sequence[str],
+    assigned: dict[int, str],
+    seed: int,
 ) -> None:
     """A split whose share is below one sample gets one all the same, while the largest can spare one."""
     for name in names:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import make_folder, write_json
 from ..progress import Progress
+from .images import Facts, read_sample
 from .samples import ArrayItem, Listing, Sample
 from .spec import InputSpec
 
@@ -39,8 +40,7 @@ class Store:
         masks: uint8 ``[n, 1, H, W]``, 255: foreground; 0 everywhere where there is none.
         has_mask: bool ``[n]``.
         labels: int64 ``[n]``, -1: unknown.
-        hashes: sha256 (hex) of each decoded image before it was resized; equal for equal pixels, whatever the file's name or format.
-        facts: a dict a sample of what was found when it was decoded, for `fisnet_cuda.data.report`.
+        facts: what was found when each sample was decoded, for the report; empty where nobody decoded anything.
         folder: where the arrays lie on disk; None: in memory.
     """
 
@@ -50,15 +50,19 @@ class Store:
         masks: Tensor,
         has_mask: Tensor,
         labels: Tensor,
-        hashes: Sequence[str] = (),
-        facts: Sequence[Mapping[str, Any]] = (),
+        facts: Sequence[Facts] = (),
         folder: Path | None = None,
     ) -> None:
         self.images, self.masks, self.has_mask, self.labels = images, masks, has_mask, labels
-        self.hashes, self.facts, self.folder = tuple(hashes), tuple(facts), folder
+        self.facts, self.folder = tuple(facts), folder
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """sha256 (hex) of each decoded image before it was resized: equal for equal pixels, whatever the file's name or format."""
+        return tuple(one.sha256 for one in self.facts)
 
     @property
     def nbytes(self) -> int:
@@ -84,7 +88,7 @@ class Store:
         *,
         cache: str | None = "memory",
         cache_dir: str | Path | None = None,
-        mask_threshold: float | None = 0.5,
+        mask_threshold: float = 0.5,
         soft_masks: bool = False,
         invert_masks: bool = False,
         mask_values: Sequence[int] | None = None,
@@ -100,7 +104,7 @@ class Store:
                 all files and of everything that decoding depends on, so that what is stale is never read. They are mapped, not
                 read: the system keeps in memory what it has room for, and processes share it. Old ones stay until they are deleted.
             cache_dir: for "disk"; None: ``$FISNET_DATA_CACHE``, or the user's cache folder.
-            mask_threshold: where masks are cut into foreground and background, from 0 to 1.
+            mask_threshold: where masks are cut into foreground and background, in (0, 1].
             soft_masks: keep values in between instead of cutting.
             invert_masks: masks are white where the background is.
             mask_values: which label or palette values of the mask are foreground; None: everything but 0.
@@ -117,7 +121,8 @@ class Store:
         if cache not in CACHES:
             raise InputError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
         masks = {
-            "threshold": None if soft_masks else mask_threshold,
+            "threshold": mask_threshold,
+            "soft": soft_masks,
             "invert": invert_masks,
             "foreground": None if mask_values is None else list(mask_values),
         }
@@ -137,8 +142,8 @@ class Store:
             )
         images = torch.zeros(n, spec.channels, *spec.size, dtype=torch.uint8)
         masks = torch.zeros(n, 1, *spec.size, dtype=torch.uint8)
-        hashes, facts = decode(images, masks)
-        return cls(images, masks, *_known(listing), hashes, facts)
+        facts = decode(images, masks)
+        return cls(images, masks, *_known(listing), facts)
 
     @classmethod
     def _on_disk(cls, listing: Listing, spec: InputSpec, decode: _Decoder, root: Path, options: Mapping[str, Any]) -> Store:
@@ -157,11 +162,11 @@ class Store:
                 shape = (len(listing.samples), channels, *spec.size)
                 _reserve(temporary / f"{name}.npy", shape)
                 arrays.append(np.load(temporary / f"{name}.npy", mmap_mode="r+"))
-            hashes, facts = decode(*(torch.from_numpy(array) for array in arrays))
+            facts = decode(*(torch.from_numpy(array) for array in arrays))
             for array in arrays:
                 array.flush()
             del arrays, array
-            write_json(temporary / "store.json", {"format": FORMAT, "hashes": hashes, "facts": facts})
+            write_json(temporary / "store.json", {"format": FORMAT, "facts": [one._asdict() for one in facts]})
             temporary.chmod(0o755)
             if folder.exists():  # broken, or another process was faster
                 found = _open(folder, listing)
@@ -191,9 +196,10 @@ class _Decoder:
     ) -> None:
         self.samples, self.spec, self.masks, self.workers, self.progress = samples, spec, masks, workers, progress
 
-    def __call__(self, images: Tensor, masks: Tensor) -> tuple[list[str], list[dict[str, Any]]]:
+    def __call__(self, images: Tensor, masks: Tensor) -> list[Facts]:
         n = len(self.samples)
-        hashes, facts, wrong = [""] * n, [{} for _ in range(n)], {}
+        facts: dict[int, Facts] = {}
+        wrong: dict[int, str] = {}
         # a line only where there is something to wait for
         shown = Progress("reading images", n) if self.progress and n >= 200 else None
         with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:  # decoding and resizing leave the GIL
@@ -201,7 +207,7 @@ class _Decoder:
             try:
                 for done, job in enumerate(as_completed(jobs), start=1):
                     try:
-                        hashes[jobs[job]], facts[jobs[job]] = job.result()
+                        facts[jobs[job]] = job.result()
                     except InputError as error:
                         wrong[jobs[job]] = str(error)
                     if shown is not None:
@@ -211,25 +217,14 @@ class _Decoder:
                 raise
         if wrong:
             raise InputError(_unreadable([wrong[i] for i in sorted(wrong)], n))
-        return hashes, facts
+        return [facts[i] for i in range(n)]
 
-    def _one(self, i: int, images: Tensor, masks: Tensor) -> tuple[str, dict[str, Any]]:
-        sample = self.samples[i]
-        image, sha, facts = _image(sample.image, self.spec)
+    def _one(self, i: int, images: Tensor, masks: Tensor) -> Facts:
+        image, mask, facts = read_sample(self.samples[i], self.spec, **self.masks)
         images[i] = image
-        if sample.mask is not None:
-            mask, kind = _mask(sample.mask, self.spec, self.masks)
+        if mask is not None:
             masks[i] = mask
-            facts["mask_kind"] = kind
-        return sha, facts
-
-
-def _image(ref: Path | ArrayItem, spec: InputSpec) -> tuple[Tensor, str, dict[str, Any]]:
-    raise NotImplementedError
-
-
-def _mask(ref: Path | ArrayItem, spec: InputSpec, options: Mapping[str, Any]) -> tuple[Tensor, str]:
-    raise NotImplementedError
+        return facts
 
 
 def _unreadable(errors: Sequence[str], n: int) -> str:
@@ -309,10 +304,11 @@ def _open(folder: Path, listing: Listing) -> Store | None:
     try:
         meta = json.loads((folder / "store.json").read_text(encoding="utf-8"))
         images, masks = _map(folder / "images.npy"), _map(folder / "masks.npy")
-        if meta["format"] != FORMAT or not len(images) == len(masks) == len(meta["hashes"]) == len(listing.samples):
+        facts = [Facts(**one) for one in meta["facts"]]
+        if meta["format"] != FORMAT or not len(images) == len(masks) == len(facts) == len(listing.samples):
             return None
-        return Store(images, masks, *_known(listing), meta["hashes"], meta["facts"], folder)
-    except (OSError, ValueError, KeyError, TypeError):
+        return Store(images, masks, *_known(listing), facts, folder)
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -15,8 +15,9 @@ from kornia.constants import DataKey, Resample
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .spec import InputSpec
 
-__all__ = ["PRESETS", "Augmentation"]
+__all__ = ["PRESETS", "Augmentation", "prepare"]
 
 # option -> (largest value it may have, what it is)
 OPTIONS = MappingProxyType({
@@ -120,7 +121,12 @@ class Augmentation(nn.Module):
         Returns:
             ``(image, mask)``, float32 (autocast makes no difference), new tensors unless nothing is changed. The draws are made on
             the CPU: the same on every device.
+
+        Raises:
+            TypeError: integers, whose range would have to be guessed.
         """
+        if not image.is_floating_point() or not mask.is_floating_point():
+            raise TypeError(f"image and mask must be float in [0, 1], got {image.dtype} and {mask.dtype}")
         image, mask = image.float(), mask.float()
         if not len(self) or not len(image):
             return image, mask
@@ -130,7 +136,7 @@ class Augmentation(nn.Module):
             image, mask = self.steps(image, mask)
         if self._warps and not self.soft_masks:
             mask = (mask >= 0.5).float()
-        return image.clamp_(0, 1), mask.clamp_(0, 1)
+        return image.clamp(0, 1), mask.clamp(0, 1)
 
     def extra_repr(self) -> str:
         """The options that are not 0."""
@@ -153,6 +159,36 @@ class _Intensity(K.IntensityAugmentationBase2D):
     ) -> Tensor:
         contrast, brightness = (params[key].to(input).view(-1, 1, 1, 1) for key in ("contrast", "brightness"))
         return torch.addcmul(brightness + (1 - contrast) / 2, input, contrast).clamp_(0, 1)
+
+
+def prepare(
+    batch: Mapping[str, Any], spec: InputSpec, augmentation: Augmentation | None = None, seed: int | None = None
+) -> dict[str, Any]:
+    """A batch of `MaskedImages` as the network takes it, on the device that it is on.
+
+    Args:
+        batch: ``image`` and ``mask`` are uint8.
+        spec: the normalisation.
+        augmentation: applied before that; None: none.
+        seed: of the augmentation; None: torch's CPU generator.
+
+    Returns:
+        A new dict: ``image`` ``[B, C, H, W]`` normalised and ``mask`` ``[B, 1, H, W]`` in [0, 1], both float32, whatever autocast
+        says; the rest as it was. A batch that is prepared already comes back as it is.
+
+    Example:
+        >>> batch = {"image": torch.full((1, 1, 2, 2), 255).byte(), "mask": torch.full((1, 1, 2, 2), 255).byte()}
+        >>> batch = prepare(batch, InputSpec((2, 2), 1, ("a", "b"), mean=(0.5,), std=(0.25,)))
+        >>> batch["image"].unique().item(), batch["mask"].unique().item()
+        (2.0, 1.0)
+    """
+    image, mask = batch["image"], batch["mask"]
+    if image.is_floating_point():
+        return dict(batch)
+    image, mask = image.float().div_(255), mask.float().div_(255)
+    if augmentation is not None:
+        image, mask = augmentation(image, mask, seed)
+    return {**batch, "image": spec.normalise(image), "mask": mask}
 
 
 def _options(preset: str | Mapping[str, Any], options: Mapping[str, float]) -> dict[str, float]:

@@ -144,7 +144,7 @@ def last_checkpoint(trainer: pl.Trainer) -> str:
     """A sentence that names the newest checkpoint on the disk."""
     paths = []
     for callback in trainer.checkpoint_callbacks:
-        for name in ("last_model_path", "best_model_path"):
+        for name in ("_last_checkpoint_saved", "last_model_path", "best_model_path"):
             path = getattr(callback, name, "") or ""
             if path and Path(path).is_file():
                 paths.append(Path(path))

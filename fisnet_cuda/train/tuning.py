@@ -33,6 +33,12 @@ class TuneC1C2(pl.Callback):
     loss. Deviates: training goes on from that classifier instead of starting anew.
     """
 
+    def setup(self, trainer: pl.Trainer, module: ISNetModule, stage: str) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if stage == "fit" and module.tuning and not (hasattr(data, "loader") and hasattr(data, "prepare")):
+            raise InputError("tune_epochs needs training images without augmentation, by loader() and prepare() of a MaskedImageData: "
+                             "train with one, or set tune_epochs=0 and give c1 and c2")  # fmt: skip
+
     def on_train_batch_start(self, trainer: pl.Trainer, module: ISNetModule, batch: Any, batch_idx: int) -> None:
         # not on_train_epoch_start, which is left out when a run is resumed in mid-epoch
         if module.tuning and trainer.current_epoch >= module.hparams["tune_epochs"]:
@@ -40,10 +46,7 @@ class TuneC1C2(pl.Callback):
 
     def tune(self, trainer: pl.Trainer, module: ISNetModule) -> None:
         """Measures C1 and C2 now, and gives them to the module."""
-        data = getattr(trainer, "datamodule", None)
-        if not hasattr(data, "loader") or not hasattr(data, "prepare"):
-            raise InputError("tune_epochs needs training images without augmentation, by loader() and prepare() of a MaskedImageData: "
-                             "train with one, or set tune_epochs=0 and give c1 and c2")  # fmt: skip
+        data = trainer.datamodule
         loader = data.loader("train")
         used, batches = chosen(len(loader), module.hparams["tune_batches"])
         module.reseed(TUNE, 0, 0)

@@ -44,7 +44,9 @@ def save(path: Path, values: np.ndarray, mode: str | None = None) -> Path:
     return path
 
 
-def folder(root: Path, n: int = 24, size: int = 32, classes: int = 2, *, parallel: bool = True, mask_suffix: str = "", **options) -> Path:
+def folder(
+    root: Path, n: int = 24, size: int = 32, classes: int = 2, *, parallel: bool = True, mask_suffix: str = "", **options
+) -> Path:
     """``images/<class>/003.png`` and ``masks/<class>/003.png``; ``parallel=False``: images/ only."""
     images, masks, labels = arrays(n, size, classes, **options)
     for i, label in enumerate(labels):

@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from fisnet_cuda.demo import __main__ as demo
 from fisnet_cuda import progress
+from fisnet_cuda.demo import __main__ as demo
 from fisnet_cuda.demo import classes, digits, nets, report
 
 ROOT = Path(__file__).parents[2]
