@@ -51,9 +51,10 @@ def export(
     ``USAGE.md``    a few lines for each format
     ==============  =================================================================================================
 
-    Each file is read back and run on batches of 1 and 3 images of noise. The ``state_dict`` in a freshly built backbone must give bitwise
-    the module's logits; the other formats may sum in another order: their largest difference, relative to the largest logit, must
-    stay below 1e-5 or ten times what float32 itself costs this network against float64, whichever is more, and below 1e-3.
+    Each file is read back and run on batches of 1 and 3 images of noise. The ``state_dict`` in a freshly built backbone must give
+    bitwise the module's logits. The other formats may sum in another order: their largest difference, relative to the largest
+    logit, must stay below 1e-5 or ten times what float32 itself costs this network against float64, whichever is more, and below
+    1e-3.
 
     Args:
         module: a trained module, from `fisnet_cuda.train.checkpoint.load_run`.
@@ -136,8 +137,8 @@ def _compare(name: str, expected: list[Tensor], got: list[Tensor], limit: float)
     differences = [_difference(x, y) for x, y in zip(expected, got)]
     if not max(differences) <= limit:
         raise ExportError(
-            f"{name} gives other logits than the trained network: the largest difference is {max(differences):.2g} of the largest logit "
-            f"(at most {limit:.2g} is rounding); nothing was written"
+            f"{name} gives other logits than the trained network: the largest difference is {max(differences):.2g} of the largest "
+            f"logit (at most {limit:.2g} is rounding); nothing was written"
         )
     return {
         "file": name,
@@ -232,12 +233,14 @@ def _contract(module: ISNetModule, state: Mapping[str, Tensor], formats: dict[st
     call = _plain_call(module, state)
     return {
         "input": {
-            "name": "images", "dtype": "float32", "shape": ["batch", spec.channels, *spec.size], "channels": "grey" if spec.channels == 1 else "RGB",
+            "name": "images", "dtype": "float32", "shape": ["batch", spec.channels, *spec.size],
+            "channels": "grey" if spec.channels == 1 else "RGB",
             "mean": list(spec.mean), "std": list(spec.std), "fit": spec.fit, "window": spec.window,
             "meaning": "(image in [0, 1] - mean) / std, resized bilinearly with anti-aliasing; fit: squash changes the aspect ratio, "
             "pad adds black bars, crop takes the middle; window: intensities that become 0 and 1 (null: the full range of the type)",
         },
-        "output": {"name": "logits", "shape": ["batch", len(spec.classes)], "classes": list(spec.classes), "probabilities": "softmax(logits)"},
+        "output": {"name": "logits", "shape": ["batch", len(spec.classes)], "classes": list(spec.classes),
+                   "probabilities": "softmax(logits)"},
         "backbone": {"path": module.hparams["backbone"], "args": module.hparams["backbone_args"] if call is None else call,
                      "as_called": call is not None},
         "variant": module.variant,
@@ -273,48 +276,90 @@ def _plain_call(module: ISNetModule, state: Mapping[str, Tensor]) -> dict[str, A
 
 
 def _usage(contract: dict[str, Any]) -> str:
+    """USAGE.md: the input, then a section a format."""
     given, classes, formats = contract["input"], contract["output"]["classes"], contract["formats"]
     _, channels, height, width = given["shape"]
-    mean, std = ([float(f"{v:.9g}") for v in values] for values in (given["mean"], given["std"]))
-    fit = "" if given["fit"] == "squash" and given["window"] is None else (
-        f"\nThis network was trained with fit={given['fit']!r} and window={given['window']}: the line that opens the image squashes an 8-bit "
-        "image; replace it by what `model.json` says under \"input\".\n"
-    )  # fmt: skip
-    parts = [
-        f"# A classifier of {', '.join(classes)}\n\nImages in, logits out; nothing here needs fisnet_cuda unless it is named. `model.json` has "
-        f"the input's contract and the measured differences of logits.\n{fit}\n## The input\n\n```python\nimport numpy as np\nfrom PIL import Image\n"
-        f'image = Image.open("image.png").convert("{"L" if channels == 1 else "RGB"}").resize(({width}, {height}), Image.Resampling.BILINEAR)\n'
-        f"x = np.asarray(image, np.float32).reshape({height}, {width}, {channels}) / 255\n"
-        f"x = ((x - np.float32({mean})) / np.float32({std})).transpose(2, 0, 1)[None]  # [batch, {channels}, {height}, {width}]\n"
-        f"classes = {classes!r}\n```\n"
-    ]
-    if "onnx" in formats:
-        parts.append(
-            "## model.onnx\n\n```python\nimport onnxruntime\nsession = onnxruntime.InferenceSession(\"model.onnx\")\n"
-            "logits = session.run(None, {\"images\": x})[0]\nprint(classes[logits[0].argmax()])\n```\n"
-        )
-    if "torch_export" in formats:
-        parts.append(
-            "## model.pt2\n\n```python\nimport torch\nmodel = torch.export.load(\"model.pt2\").module()\n"
-            "logits = model(torch.from_numpy(x))\nprint(classes[logits[0].argmax()])\n```\n"
-        )
-    path, args = contract["backbone"]["path"], contract["backbone"]["args"]
-    call = ", ".join(f"{key}={value!r}" for key, value in args.items())
-    source, _, name = path.rpartition(":") if ".py:" in path else path.rpartition(".")
-    file = Path(source) if ".py:" in path else None
-    where = f"from {source} import {name}\n" if file is None else (
-        f"import sys\nsys.path.insert(0, {str(file.parent)!r})  # where {file.name} lies\nfrom {file.stem} import {name}\n"
-    )  # fmt: skip
+    mean, std = ([float(f"{v:.9g}") for v in given[name]] for name in ("mean", "std"))
+    sections = [_INTRODUCTION.format(names=", ".join(classes))]
+    if given["fit"] != "squash" or given["window"] is not None:
+        sections.append(_OTHER_FIT.format(fit=given["fit"], window=given["window"]))
+    mode = "L" if channels == 1 else "RGB"
+    sections.append(_INPUT.format(mode=mode, channels=channels, height=height, width=width, mean=mean, std=std, classes=classes))
+    sections += [text for name, text in (("onnx", _ONNX_USAGE), ("torch_export", _PROGRAM_USAGE)) if name in formats]
+    backbone = contract["backbone"]
+    where, name = _import_lines(backbone["path"])
+    call = ", ".join(f"{key}={value!r}" for key, value in backbone["args"].items())
     note = ""
-    if not contract["backbone"]["as_called"]:
+    if not backbone["as_called"]:
         note = "Its last layer was exchanged for one with this number of classes: do the same before loading.\n\n"
-    elif path.startswith("fisnet_cuda.nets.") and not path.endswith(".small"):
-        note = f"`torchvision.models.{name}` has the same keys" + (
-            "; its first layer takes 3 channels, this one's takes 1.\n\n" if channels != 3 else ", and may stand in for it.\n\n"
-        )
-    parts.append(
-        f"## model.pt\n\nThe `state_dict` alone, for the backbone's own code.\n\n{note}```python\nimport torch\n{where}model = {name}({call}).eval()\n"
-        "model.load_state_dict(torch.load(\"model.pt\", weights_only=True))\nlogits = model(torch.from_numpy(x))\n"
-        "print(classes[logits[0].argmax()])\n```\n"
-    )
-    return "\n".join(parts)
+    elif backbone["path"].startswith("fisnet_cuda.nets.") and name != "small":
+        first = ", and may stand in for it" if channels == 3 else "; its first layer takes 3 channels, and this one's takes 1"
+        note = f"`torchvision.models.{name}` has the same keys{first}.\n\n"
+    sections.append(_WEIGHTS_USAGE.format(note=note, where=where, name=name, call=call))
+    return "\n".join(sections)
+
+
+def _import_lines(path: str) -> tuple[str, str]:
+    """How to import a backbone, and its name."""
+    source, _, name = path.rpartition(":" if ".py:" in path else ".")
+    if ".py:" not in path:
+        return f"from {source} import {name}", name
+    file = Path(source)
+    return f"import sys\nsys.path.insert(0, {str(file.parent)!r})  # where {file.name} lies\nfrom {file.stem} import {name}", name
+
+
+_INTRODUCTION = """# A classifier of {names}
+
+Images in, logits out. Nothing here needs fisnet_cuda unless it is named. `model.json` has the input's contract and the measured
+differences of logits.
+"""
+
+_OTHER_FIT = """This network was trained with fit={fit!r} and window={window}. The line that opens the image squashes an 8-bit image:
+replace it by what `model.json` says under "input".
+"""
+
+_INPUT = """## The input
+
+```python
+import numpy as np
+from PIL import Image
+image = Image.open("image.png").convert("{mode}").resize(({width}, {height}), Image.Resampling.BILINEAR)
+x = np.asarray(image, np.float32).reshape({height}, {width}, {channels}) / 255
+x = ((x - np.float32({mean})) / np.float32({std})).transpose(2, 0, 1)[None]  # [batch, {channels}, {height}, {width}]
+classes = {classes!r}
+```
+"""
+
+_ONNX_USAGE = """## model.onnx
+
+```python
+import onnxruntime
+session = onnxruntime.InferenceSession("model.onnx")
+logits = session.run(None, {"images": x})[0]
+print(classes[logits[0].argmax()])
+```
+"""
+
+_PROGRAM_USAGE = """## model.pt2
+
+```python
+import torch
+model = torch.export.load("model.pt2").module()
+logits = model(torch.from_numpy(x))
+print(classes[logits[0].argmax()])
+```
+"""
+
+_WEIGHTS_USAGE = """## model.pt
+
+The `state_dict` alone, for the backbone's own code.
+
+{note}```python
+import torch
+{where}
+model = {name}({call}).eval()
+model.load_state_dict(torch.load("model.pt", weights_only=True))
+logits = model(torch.from_numpy(x))
+print(classes[logits[0].argmax()])
+```
+"""

@@ -1,4 +1,4 @@
-"""the plain classifier of a run, for use without this package: state_dict, torch.export and ONNX, each proven to give the same logits."""
+"""the plain classifier of a run, for use without this package: state_dict, torch.export, ONNX, each proven to give the same logits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     print("logits against the trained network's, largest difference over largest logit:")
     for result in contract["formats"].values():
         largest = max(result["difference"].values())
-        same = "0, equal bit by bit" if result["equal_bit_by_bit"] else f"{largest:.1g}, rounding (at most {contract['largest_allowed']:.0e})"
+        rounding = f"{largest:.1g}, rounding (at most {contract['largest_allowed']:.0e})"
+        same = "0, equal bit by bit" if result["equal_bit_by_bit"] else rounding
         print(f"  {result['file']:<11} {same}" + (f"; run by {result['run_by']}" if "run_by" in result else ""))
     print(f"written: {args.out} (USAGE.md shows how to load each, model.json what the input must be)")
     return 0

@@ -36,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--which", choices=("best", "last"), default="best", help="which checkpoint of the folder [%(default)s]")
     parser.add_argument("--masks", nargs="+", metavar="DIR|FILE", help="a folder of masks of the images' names, or mask files")
     parser.add_argument(
-        "--target", nargs="+", default=["predicted"], metavar="CLASS", help="what is explained: predicted, classes by name, or all [predicted]"
+        "--target", nargs="+", default=["predicted"], metavar="CLASS", help="explain: predicted, classes by name, or all [predicted]"
     )
     parser.add_argument("--rules", metavar="PRESET", help="LRP rules by a preset's name, such as epsilon_plus [those of training]")
     parser.add_argument("--out", type=Path, default=Path("heatmaps"), metavar="DIR", help="folder to write to [%(default)s]")
     parser.add_argument("--grid", type=_positive, metavar="N", help="pages of N images instead of a figure an image")
-    parser.add_argument("--scale", choices=("each", "shared"), default="each", help="of the colours: each map's own, or one a figure [%(default)s]")
+    parser.add_argument("--scale", choices=("each", "shared"), default="each", help="each map's own, or one a figure [%(default)s]")
     parser.add_argument("--overlay", action="store_true", help="draw the maps over the image")
     parser.add_argument("-b", "--batch-size", type=_positive, default=16, help="images at once [%(default)s]")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="[the GPU where there is one]")
@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     index = {
         "checkpoint": str(checkpoint_path(args.checkpoint, args.which)), "target": " ".join(args.target), "classes": list(classes),
-        "rules": args.rules or "those of training", "npy": "float32 [K, C, H, W]: relevance of each explained class, in the unit of its logit",
+        "rules": args.rules or "those of training",
+        "npy": "float32 [K, C, H, W]: relevance of each explained class, in the unit of its logit",
         "background_share": "share of |relevance| outside the mask, 0 is best; null: no mask, or a map of zeros", "images": entries,
     }  # fmt: skip
     write_json(args.out / INDEX, index)
@@ -182,8 +183,8 @@ def find_masks(images: Sequence[Path], given: Sequence[str] | None) -> tuple[lis
     if not any(result):
         if len(masks) == len(images) and not any(Path(word).is_dir() for word in given):
             return list(masks), 0
-        raise InputError(f"--masks: none of the {len(masks)} masks has the name of an image (such as {images[0].name}); give as many mask "
-                         f"files as images to pair them in order")  # fmt: skip
+        raise InputError(f"--masks: none of the {len(masks)} masks has the name of an image (such as {images[0].name}); give as many "
+                         f"mask files as images to pair them in order")  # fmt: skip
     return result, result.count(None)
 
 
@@ -315,7 +316,9 @@ def _draw(heatmap_grid: Any, args: argparse.Namespace, figure: str, rows: list[A
     )  # fmt: skip
 
 
-def _say(args: argparse.Namespace, entries: list[dict[str, Any]], left_out: list[str], unmatched: int, pages: int, classes: int) -> None:
+def _say(
+    args: argparse.Namespace, entries: list[dict[str, Any]], left_out: list[str], unmatched: int, pages: int, classes: int
+) -> None:
     if left_out:
         print(f"left out: {left_out[0]}" + (f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""))
     if args.masks and unmatched:
@@ -326,7 +329,8 @@ def _say(args: argparse.Namespace, entries: list[dict[str, Any]], left_out: list
         print(f"figures show the {MOST_MAPS} most probable of {classes} classes; the .npy files have all")
     shares = [s for entry in entries for s in entry["background_share"] if s is not None and s == s]
     if shares:
-        print(f"relevance in the background: {100 * sum(shares) / len(shares):.1f} % on average (0 is best), {100 * max(shares):.1f} % at most")
+        mean = 100 * sum(shares) / len(shares)
+        print(f"relevance in the background: {mean:.1f} % on average (0 is best), {100 * max(shares):.1f} % at most")
     figures = f"{pages} pages" if args.grid else f"{len(entries)} figures"
     print(f"{len(entries)} images, {figures}: {args.out} (relevance in .npy, index in {INDEX})")
 
