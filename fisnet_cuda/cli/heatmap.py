@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             np.save(stream, maps.numpy())
         shown = sorted(range(len(maps)), key=lambda k: -float(probabilities[explained[k]]))[:MOST_MAPS]
         titles = {_title(classes[explained[k]], explained[k] == predicted): maps[k] for k in sorted(shown)}
-        text = f"{item.file.name}\npredicted: {classes[predicted]}, {100 * float(probabilities[predicted]):.1f} %"
+        text = f"{item.file.name}\npredicted: {classes[predicted]}, {100 * float(probabilities[predicted]):.1f}\N{NO-BREAK SPACE}%"
         text += f"\nits folder: {truth}" if truth else ""
         row = Row(item.image, item.mask, titles, text, None if truth is None else classes[predicted] == truth)
         if args.grid:
