@@ -153,9 +153,10 @@ def find_images(given: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def find_masks(images: Sequence[Path], given: Sequence[str] | None) -> tuple[list[Path | None], int]:
-    """The mask of each image, by its name: the same stem, or that and "_mask"; of several, the one in the most alike folders.
+    """The mask of each image, by its name: the same stem, or that and "_mask", in folders of the same names.
 
-    As many mask files as images, none of which has an image's name, are taken in the order given.
+    masks/normal/7.png is never the mask of images/TB/7.png: folders below what is given (below the files' common folder) must be the
+    image's last ones. Of several masks the one in the most alike folders is taken. As many mask files as images, none of which has an image's name, are taken in the order given.
 
     Returns:
         A mask or None for each image, and how many images have none.
@@ -163,28 +164,37 @@ def find_masks(images: Sequence[Path], given: Sequence[str] | None) -> tuple[lis
     Raises:
         InputError: a path does not exist; no mask fits any image; two fit one equally.
     """
-    from ..data._paths import missing, walk
+    from ..data._paths import MASK_FOLDERS, missing, walk
 
     if not given:
         return [None] * len(images), 0
-    masks: list[Path] = []
+    masks: dict[Path, tuple[str, ...]] = {}  # the folders that an image must lie in
+    singles: list[Path] = []
     for word in given:
         path = Path(word)
         if path.is_dir():
-            masks += [f.path for f in walk(path)[0]]
+            masks.update((f.path, f.folders) for f in walk(path)[0])
         elif path.exists():
-            masks.append(path)
+            singles.append(path)
         else:
             raise missing(path, "--masks")
+    if singles:
+        common = os.path.commonpath([file.absolute().parent for file in singles])
+        masks.update((file, file.absolute().parent.relative_to(common).parts) for file in singles)
     by_stem: dict[str, list[Path]] = {}
-    for mask in dict.fromkeys(masks):
+    for mask in masks:
         by_stem.setdefault(mask.stem.removesuffix("_mask"), []).append(mask)
-    result = [_nearest(image, by_stem.get(image.stem, [])) for image in images]
+
+    def fits(image: Path, mask: Path) -> bool:
+        folders = tuple(name for name in masks[mask] if name.lower() not in MASK_FOLDERS)
+        return not folders or image.absolute().parts[-1 - len(folders) : -1] == folders
+
+    result = [_nearest(image, [mask for mask in by_stem.get(image.stem, []) if fits(image, mask)]) for image in images]
     if not any(result):
         if len(masks) == len(images) and not any(Path(word).is_dir() for word in given):
             return list(masks), 0
-        raise InputError(f"--masks: none of the {len(masks)} masks has the name of an image (such as {images[0].name}); give as many "
-                         f"mask files as images to pair them in order")  # fmt: skip
+        raise InputError(f"--masks: none of the {len(masks)} masks has the name (and folder) of an image, such as {images[0]}; give as "
+                         f"many mask files as images to pair them in order")  # fmt: skip
     return result, result.count(None)
 
 

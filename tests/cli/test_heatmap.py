@@ -153,6 +153,9 @@ def test_masks_are_paired_by_name_by_folder_or_in_order(tmp_path):
     assert find_masks([x, y], None) == ([None, None], 0)
     with pytest.raises(InputError, match="none of the 1 masks"):
         find_masks([x, y], [str(s1)])
+    assert find_masks([x], [str(tmp_path / "m/y")]) == ([my], 0)  # asked for by its own folder
+    my.rename(tmp_path / "kept")
+    assert find_masks([x, y], [str(tmp_path / "m")]) == ([mx, None], 1)  # x's mask is not y's
     (tmp_path / "n/x").mkdir(parents=True)
     (tmp_path / "n/x/1.png").touch()
     with pytest.raises(InputError, match="both"):
