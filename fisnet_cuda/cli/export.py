@@ -24,14 +24,15 @@ def run(args: argparse.Namespace) -> int:
     """Exports, and says how far each format's logits are from the network's."""
     from ..export import export
     from ..train.checkpoint import load_run
+    from .console import quiet
 
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is a file: name a folder")
     if args.opset is not None and args.no_onnx:
         raise InputError("--opset is of ONNX, which --no-onnx leaves out: drop one of them")
-    contract = export(
-        load_run(args.run, which=args.which), args.out, torch_export=not args.no_torch_export, onnx=not args.no_onnx, opset=args.opset
-    )
+    with quiet():  # warnings in one line
+        module = load_run(args.run, which=args.which)
+        contract = export(module, args.out, torch_export=not args.no_torch_export, onnx=not args.no_onnx, opset=args.opset)
     shape = " x ".join(map(str, contract["input"]["shape"]))
     print(f"{contract['backbone']['path']}, input {shape} float32, classes {', '.join(contract['output']['classes'])}")
     print("logits against the trained network's, largest difference over largest logit:")

@@ -49,7 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reads all images, so that an unreadable one is told before anything is written; then explains, draws and writes."""
-    # before the checkpoint is read: what is missing here needs no waiting
+    from .console import quiet
+
+    with quiet():  # warnings in one line
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from ..plot import Row, background_share, heatmap_grid
     from ..train.checkpoint import checkpoint_path, load_run
 
@@ -156,7 +162,8 @@ def find_masks(images: Sequence[Path], given: Sequence[str] | None) -> tuple[lis
     """The mask of each image, by its name: the same stem, or that and "_mask", in folders of the same names.
 
     masks/normal/7.png is never the mask of images/TB/7.png: folders below what is given (below the files' common folder) must be the
-    image's last ones. Of several masks the one in the most alike folders is taken. As many mask files as images, none of which has an image's name, are taken in the order given.
+    image's last ones. Of several masks the one in the most alike folders is taken. As many mask files as images, none of which has
+    an image's name, are taken in the order given.
 
     Returns:
         A mask or None for each image, and how many images have none.
