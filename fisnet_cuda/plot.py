@@ -425,7 +425,7 @@ def _wrap(text: str, width: int, *, bold: bool = False) -> list[str]:
     """Lines of at most ``width`` letters (bold ones are wider), broken after blanks, slashes, hyphens and underscores first."""
     width = int(0.87 * width) if bold else width
     lines = [""]
-    for piece in re.findall(r"[^\s/_-]*[\s/_-]?", text):
+    for piece in re.findall(r"[^ /_-]*[ /_-]?", text):
         while len(lines[-1]) + len(piece.rstrip()) > width:
             if lines[-1]:
                 lines.append("")
