@@ -171,9 +171,10 @@ class Console(ProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The epoch's line."""
         self._clear()
+        found = trainer.callback_metrics  # in every process: they may have to be gathered from the others
         if not (self.on and self.epochs):
             return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        metrics = {name: float(value) for name, value in found.items()}
         if not self.columns or not set(metrics) & set(COLUMNS) <= set(self.columns):
             if not self.columns:
                 say("\n" + LEGEND)

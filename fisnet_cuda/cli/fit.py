@@ -135,7 +135,7 @@ class Run:
         self.checkpoint = self._checkpoint()
         self.made: Path | None = None  # the topmost folder that this call made
         self.stopped: BaseException | None = None
-        self.begun, self.begun_at = time.perf_counter(), 0  # when training started, and at which step
+        self.begun, self.begun_at = time.perf_counter(), -1  # when training started, and at which step; -1: it did not
 
     def go(self) -> int:
         """Trains; a folder in which nothing was trained is taken away again."""
@@ -282,7 +282,7 @@ class Run:
         best = self.folder / "best.ckpt"
         epochs = f"{trainer.current_epoch} epoch{'s' * (trainer.current_epoch != 1)}, {trainer.global_step} steps"
         say()
-        if self.begun_at == trainer.global_step:
+        if self.begun_at in (-1, trainer.global_step):
             say(f"nothing was left to train: {self.folder} has {epochs}; --trainer.max_epochs says how many there shall be")
         else:
             early = trainer.should_stop and trainer.current_epoch < (trainer.max_epochs or 0)
