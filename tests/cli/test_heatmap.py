@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import real_data
 import saved_run
 import torch
 from PIL import Image
@@ -160,3 +161,15 @@ def test_masks_are_paired_by_name_by_folder_or_in_order(tmp_path):
     (tmp_path / "n/x/1.png").touch()
     with pytest.raises(InputError, match="both"):
         find_masks([x], [str(tmp_path / "m"), str(tmp_path / "n")])
+
+
+def test_chest_x_rays(tmp_path):
+    """Real images and 1-bit masks of the same names in a parallel folder."""
+    cxr = real_data.cxr_tb()
+    saved_run.save(tmp_path / "run", classes=("normal", "TB"), size=(64, 64), channels=1)
+    images = sorted((cxr / "images").glob("*.png"))[:3]
+    assert heatmap(tmp_path, *images, "--masks", cxr / "masks", "--out", tmp_path / "out", "--grid", 3) == 0
+    entries = index(tmp_path / "out")["images"]
+    assert [entry["mask"] for entry in entries] == [str(cxr / "masks" / image.name) for image in images]
+    assert all(0 < entry["background_share"][0] < 1 for entry in entries)
+    assert (tmp_path / "out" / "page-001.png").is_file()
