@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("lightning")
-
+import torch
 from PIL import Image
 
 from fisnet_cuda.cli import main
@@ -37,6 +37,28 @@ def test_validation_is_that_of_training(trained, capsys):
     shown = {key.strip(): float(value) for key, value in shown.items()}
     assert shown["accuracy"] == pytest.approx(float(rows[-1]["val/accuracy"]), abs=1e-4)
     assert shown["AUROC"] == pytest.approx(float(rows[-1]["val/auroc"]), abs=1e-4)
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "evaluate", "predict", "heatmap"])
+def test_numbers_are_of_true_float32(command, trained, images, tmp_path, monkeypatch):
+    """On a GPU torch's own default is TF32 in convolutions, and the numbers would not be those of the training."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+    forward = torch.nn.Conv2d.forward
+
+    def watched(self, x):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
+    argv = {
+        "evaluate": [str(trained), "--no-faithfulness", "--bootstrap", "100", "--out", str(tmp_path / "e")],
+        "predict": [str(trained), "--out", str(tmp_path / "p.csv")],
+        "heatmap": [str(images / "images/dark/000.png"), "--checkpoint", str(trained), "--out", str(tmp_path / "h")],
+    }
+    assert main([command, *argv.get(command, [str(trained)])]) == 0
+    assert set(seen[-1:]) == {(False, False)}
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_predictions(trained, images, tmp_path, capsys):
