@@ -17,6 +17,8 @@ __all__ = ["Parser", "nearest", "one_line", "rank", "report"]
 EXTRAS = {
     "lightning": "train",
     "jsonargparse": "train",
+    "yaml": "train",
+    "docstring_parser": "train",
     "torchmetrics": "train",
     "kornia": "train",
     "h5py": "train",

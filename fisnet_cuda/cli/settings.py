@@ -137,7 +137,10 @@ class SettingsParser(LightningArgumentParser):
         if get_origin(hint) is Literal:
             near = nearest(one_line(got.group(1)), map(str, get_args(hint)))
         where = "" if any(a.startswith(f"--{key}") for a in self.argv) else self._where()
-        return f"{key} takes {describe(hint)}; it got {one_line(got.group(1), 120)}{where}{near}{more}"
+        takes = describe(hint)
+        if "mapping" in takes and ": None" in got.group(1):  # YAML reads {0:0.3} as {"0:0.3": null}
+            more += "; a mapping is written {0: 0.3, 5: 0.7}, with a space behind each colon"
+        return f"{key} takes {takes}; it got {one_line(got.group(1), 120)}{where}{near}{more}"
 
     def _where(self) -> str:
         files = getattr(self, "files", [])

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc
 
-__all__ = ["HEATMAP_TERMS", "Mean", "Scores"]
+__all__ = ["HEATMAP_TERMS", "Mean", "Scores", "log_odds"]
 
 HEATMAP_TERMS = ("heatmap", "background", "foreground", "background_share")
 
@@ -68,7 +68,7 @@ class Scores(Metric):
         dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
         self.add_state("terms", default=torch.zeros(1 + len(HEATMAP_TERMS), 2, dtype=dtype), dist_reduce_fx="sum")
         self.add_state("confusion", default=torch.zeros(classes, classes, dtype=torch.int64), dist_reduce_fx="sum")
-        # probabilities and label of a sample in a row, flattened: a process without samples can take part with an empty one
+        # scores (`log_odds`) and label of a sample in a row, flattened: a process without samples can take part with an empty one
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, labels: Tensor, loss: Tensor, weight: Tensor, terms: Tensor | None, with_mask: Tensor) -> None:
@@ -83,7 +83,7 @@ class Scores(Metric):
         logits, labels = logits[known].float(), labels[known]
         pairs = labels * self.classes + logits.argmax(1)
         self.confusion = self.confusion + torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes)
-        self.rows.append(torch.cat([logits.softmax(1), labels.float().unsqueeze(1)], 1).flatten())
+        self.rows.append(torch.cat([log_odds(logits), labels.float().unsqueeze(1)], 1).flatten())
 
     def compute(self) -> dict[str, Tensor]:
         confusion = self.confusion.double() if self.terms.dtype == torch.float64 else self.confusion.float()
@@ -106,5 +106,21 @@ class Scores(Metric):
         for c in range(self.classes):
             positive = labels == c
             if positive.any() and not positive.all():
-                values.append(binary_auroc(rows[:, c], positive.long()))
+                # ranks, since binary_auroc takes what is not in [0, 1] through a sigmoid, which saturates
+                distinct, rank = rows[:, c].unique(return_inverse=True)
+                values.append(binary_auroc(rank.to(self.terms.dtype) / len(distinct), positive.long()))
         return torch.stack(values).mean() if values else rows.new_tensor(float("nan"))
+
+
+def log_odds(logits: Tensor) -> Tensor:
+    """``log P_c - log(1 - P_c)`` of logits ``[N, C]``: sorts samples as the probabilities do, which soon are 1.0 for all in float32.
+
+    Example:
+        >>> log_odds(torch.tensor([[100.0, 0.0], [90.0, 0.0]]))
+        tensor([[ 100., -100.],
+                [  90.,  -90.]])
+    """
+    logp = logits.log_softmax(1)
+    top = logits.argmax(1, keepdim=True)
+    rest = logits.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)  # of all others: 1 - P of the top one would cancel
+    return (logp - torch.log1p(-logp.exp())).scatter(1, top, logits.gather(1, top) - rest)

@@ -109,6 +109,7 @@ def test_bench_measures_every_kind(tmp_path, capsys):
         (InputError("a\n  b"), 2, "error: a b"),
         (FileNotFoundError(2, "No such file or directory", "x.csv"), 2, "x.csv: No such file"),
         (ModuleNotFoundError("No module named 'onnx'", name="onnx"), 2, "fisnet_cuda[export]"),
+        (ModuleNotFoundError("import of yaml halted", name="yaml"), 2, "fisnet_cuda[train]"),
         (RuntimeError("CUDA out of memory. Tried"), 1, "batch_size"),
         (KeyError("x"), 1, "unexpected KeyError"),
         (

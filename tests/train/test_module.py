@@ -15,6 +15,7 @@ from tiny_training import QUIET, SPEC, Data, samples
 import fisnet_cuda as fc
 from fisnet_cuda.data.spec import InputSpec
 from fisnet_cuda.errors import InputError
+from fisnet_cuda.evaluate.metrics import auc_scores
 from fisnet_cuda.train.checkpoint import load_run
 from fisnet_cuda.train.module import VARIANTS, ISNetModule
 from fisnet_cuda.train.scores import Scores
@@ -215,6 +216,20 @@ def test_scores_are_sklearns():
     expected = sum(roc_auc_score(labels == c, probabilities[:, c]) for c in range(3)) / 3
     assert float(result["auroc"]) == pytest.approx(expected)
     assert "heatmap" not in result
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_auroc_of_a_sure_net(classes):
+    """Its probabilities are 1.0 in float32, for all samples."""
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(80, classes, generator=generator), torch.randint(0, 2, (80,), generator=generator)
+    logits[:, 0] += 200 - labels
+    assert (logits.softmax(1)[:, 0] == 1).all()
+    scores = Scores(classes)
+    scores.update(logits, labels, torch.tensor(0.0), torch.tensor(1.0), None, torch.tensor(0))
+    expected = [roc_auc_score(labels == c, auc_scores(logits.double().numpy())[:, c]) for c in range(2)]
+    assert min(expected) > 0.6
+    assert float(scores.compute()["auroc"]) == pytest.approx(sum(expected) / 2, abs=1e-3)
 
 
 def test_auroc_of_one_class_is_nan():
