@@ -209,9 +209,8 @@ def _onnx_runner(path: Path) -> tuple[str, Callable[[Tensor], Tensor]]:
 @contextlib.contextmanager
 def _one_line(what: str, option: str) -> Iterator[None]:
     """Exporters talk on standard output, warn and fail at length: here they end in one line."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # of torch, onnxscript and onnx_ir, whose loggers are many
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -222,7 +221,7 @@ def _one_line(what: str, option: str) -> Iterator[None]:
         line = " ".join(str(error).split())[:300]
         raise InputError(f"{what} cannot take this model ({type(error).__name__}: {line}); leave it out with {option}") from error
     finally:
-        logger.setLevel(level)
+        logging.disable(before)
 
 
 # ---- how to use it -----------------------------------------------------------------------------------------------------

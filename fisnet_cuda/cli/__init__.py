@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
+from ..errors import InputError
 from .errors import Parser, one_line, rank, report
 
 __all__ = ["COMMANDS", "main"]
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug and not isinstance(error, KeyboardInterrupt):
             raise
         status, line = report(error)
-        if line and not (rank() and status == 2):  # rank 0 says the same
+        if line and not (rank() and isinstance(error, InputError)):  # rank 0 says the same
             print(f"fisnet-cuda {name}: {line}" if name else f"fisnet-cuda: {line}", file=sys.stderr)
         if not isinstance(error, (Exception, KeyboardInterrupt)):
             raise
@@ -87,8 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(word: str) -> str:
-    from fisnet_cuda.errors import InputError
-
     from .errors import nearest
 
     if word in COMMANDS:

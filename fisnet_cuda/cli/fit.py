@@ -489,6 +489,8 @@ def _set_precision(precision: str) -> None:
 
 
 def _seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
     from lightning.pytorch import seed_everything
 
     seed_everything(seed, workers=True, verbose=False)

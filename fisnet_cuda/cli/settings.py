@@ -22,6 +22,7 @@ __all__ = ["SHORT", "HelpFormatter", "SettingsParser", "commented_yaml", "expand
 
 # what users of other tools type -> the setting; `--amp` stands for a setting and its value
 SHORT = {
+    "--run-folder": "--run",  # torchrun takes --run, wherever it stands, for an abbreviation of its own --run-path
     "--path": "--data.path",
     "--masks": "--data.masks",
     "--size": "--data.size",

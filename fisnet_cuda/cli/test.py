@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
+from ..errors import InputError
 from .console import READING, ordered, quiet, say, settings_kept, words
 from .runs import add_run_arguments, open_run
 from .validate import metrics_of
@@ -25,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
         module, data = open_run(args)
         data.prepare_data()
         data.setup("test")
+        if not data.subsets():
+            raise InputError(f"{args.run} has no test images: give some with --path, or with fisnet-cuda evaluate --set")
         columns = {name: metrics_of(module, _Subset(data, name), "test", args) for name in data.subsets()}
         say(subsets_table(columns, {name: len(subset) for name, subset in data.subsets().items()}))
         say(READING)

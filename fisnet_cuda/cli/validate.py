@@ -6,6 +6,7 @@ import argparse
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from ..errors import InputError
 from .console import READING, Console, quiet, say, settings_kept, table
 from .runs import add_run_arguments, device_of, open_run
 
@@ -21,6 +22,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints a table of metrics."""
     with quiet(), settings_kept():
         module, data = open_run(args, "val")
+        if "val" not in data.splits:
+            raise InputError(f"{args.run} has no validation images; fisnet-cuda test or evaluate looks at the others")
         metrics = metrics_of(module, data, "validate", args)
         say(table(metrics, f"validation images of {data.hparams.get('path', '') or args.run}"))
         say(READING)

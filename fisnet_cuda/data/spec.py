@@ -56,7 +56,8 @@ class InputSpec:
             raise InputError(f"fit must be one of {', '.join(FITS)}, got {self.fit!r}")
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, self.channels):
-                raise InputError(f"{name} must have 1 or {self.channels} numbers, got {len(getattr(self, name))}")
+                allowed = "1 number" if self.channels == 1 else f"1 or {self.channels} numbers"
+                raise InputError(f"{name} must have {allowed}, got {len(getattr(self, name))}")
         if min(self.std) <= 0:
             raise InputError(f"std must be > 0, got {self.std}")
         if self.window is not None and not self.window[0] < self.window[1]:

@@ -242,6 +242,17 @@ class EarlyStop(EarlyStopping):
             raise InputError(f"patience must be at least 1, got {patience}")
         super().__init__(monitor, patience=patience, mode=direction(monitor, mode), strict=False, check_finite=False)
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """See that there will be something to look at.
+
+        Raises:
+            InputError: the monitor is of the validation, and the data have none.
+        """
+        super().setup(trainer, pl_module, stage)
+        splits = getattr(getattr(trainer, "datamodule", None), "splits", None)
+        if stage == "fit" and self.monitor.startswith("val") and splits is not None and "val" not in splits:
+            raise InputError(f"patience goes by {self.monitor}, and there is no validation split: leave patience out")
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run that had stopped stays so."""
         trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience

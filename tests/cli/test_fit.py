@@ -60,6 +60,8 @@ def test_output_is_the_reports_and_a_line_an_epoch(arguments, tmp_path, capsys):
         (["--model.lr", "x"], "model.lr takes a number; it got x"),
         (["--trainer.max_epochs", "x"], "trainer.max_epochs takes a whole number or null; it got x"),
         (["--model.P", "[1]"], "model.P takes a number or a mapping"),
+        (["--seed", "-1"], "seed must be from 0"),
+        (["--patience", "2", "--data.fractions", "[0.8, 0, 0.2]"], "there is no validation split"),
         (["--model.P", "{0:0.3,3:0.6}"], "with a space behind each colon"),
         (["--data.size", "[1,x]"], "data.size takes a whole number or a list [a whole number, ...]; it got [1, 'x']"),
         (["--precision", "64"], "precision takes one of 32, tf32, bf16-mixed, 16-mixed; it got 64"),

@@ -176,6 +176,15 @@ def test_data_that_moved_are_found_by_path(command, grown, tmp_path, monkeypatch
     assert "warning" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("command", "words"), [("validate", "no validation images"), ("test", "no test images")])
+def test_a_split_without_images_is_an_error(command, words, trained, arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["fit", *arguments, "--epochs", "1", "--data.fractions", "[1, 0, 0]", "--run-folder", str(run)]) == 0
+    capsys.readouterr()
+    assert main([command, str(run), "--which", "last"]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_other_images_are_tested_all(trained, images, tmp_path, capsys):
     """Nobody has divided them: there is no reason to look at the 15 % of them that a split would call test."""
     for kind in ("images", "masks"):
