@@ -310,7 +310,7 @@ class Run:
         say("next:")
         say(f"  fisnet-cuda evaluate {run}")
         say(f"  fisnet-cuda heatmap IMAGE... --checkpoint {run}")
-        say(f"  fisnet-cuda export {run}")
+        say(f"  fisnet-cuda export {run} --out {shlex.quote(str(self.folder / 'export'))}")
 
 
 class _Begin(Callback):

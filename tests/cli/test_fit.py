@@ -47,6 +47,9 @@ def test_output_is_the_reports_and_a_line_an_epoch(arguments, tmp_path, capsys):
     assert "ISNet dual" in captured.out
     assert [line.split()[0] for line in captured.out.splitlines() if "/2 " in line] == ["1/2", "2/2"]
     assert f"fisnet-cuda evaluate {run}" in captured.out
+    export = next(line.split()[1:] for line in captured.out.splitlines() if "fisnet-cuda export" in line)
+    assert main([*export, "--no-onnx", "--no-torch-export"]) == 0  # what it says is there to be typed
+    assert (run / "export" / "model.pt").is_file()
     talk = (captured.out + captured.err).lower()
     assert not any(word in talk for word in ("tip:", "litlogger", "num_workers", "tpu available", "sanity", "lightning"))
     assert captured.err == ""
