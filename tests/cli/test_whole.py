@@ -487,9 +487,8 @@ SITES = [(site, label) for site in ("shenzhen", "montgomery") for label in ("0",
 
 # ---- mistakes ----------------------------------------------------------------------------------------------------------
 
-NEW_FIT = ["fit", "--path", "images", "--masks", "masks", "--size", "24", "--data.channels", "1", "--epochs", "1", "-b", "4"]
-NEW_FIT += ["--trainer.accelerator", "cpu", "--figures_every", "0", "--run", "runs/deep/new", "--backbone", "net.py:Net"]
-FIT_CSV = ["--masks", ".", "--path"]
+NEW_RUN = ["--size", "24", "--data.channels", "1", "--epochs", "1", "-b", "4", "--trainer.accelerator", "cpu"]
+NEW_RUN += ["--figures_every", "0", "--run", "runs/deep/new", "--backbone", "net.py:Net"]
 
 
 @pytest.fixture(scope="module")
@@ -507,10 +506,11 @@ def desk(data, trained, tmp_path_factory):
     torn.rename(torn.with_name("torn.png"))
     torn.with_name("torn.png").write_bytes(images[0].read_bytes()[:90])
     (desk / "net.py").write_text(NET)
-    rows = ["image,label", *(f"{image.relative_to(data).as_posix()},{image.parent.name}" for image in images)]
+    names = [image.relative_to(data / "images").as_posix() for image in images]
+    rows = ["image,mask,label", *(f"images/{name},masks/{name},{name.split('/')[0]}" for name in names)]
     texts = {
-        "good.csv": rows, "hole.csv": [*rows[:9], "images/disc/none.png,disc", *rows[9:]], "headless.csv": rows[1:],
-        "columns.csv": ["picture,label", *rows[1:]], "one.csv": [row for row in rows if "square" not in row],
+        "hole.csv": [*rows[:9], "images/disc/none.png,,disc", *rows[9:]], "headless.csv": rows[1:],
+        "columns.csv": ["picture,mask,label", *rows[1:]], "one.csv": [row for row in rows if "square" not in row],
         "bad.yaml": ["model: {lr: [0.1"], "misspelt.yaml": ["model:", "  varient: dual"], "list.yaml": ["- model"],
         "type.yaml": ["data:", "  size: large"], "text.ckpt": ["no checkpoint"], "text.h5": ["no HDF5"], "notes.txt": ["mine"],
         "no.png": ["no image"],
@@ -531,7 +531,13 @@ def desk(data, trained, tmp_path_factory):
 
 
 def fit(*more: str) -> list[str]:
-    return [*NEW_FIT, *more]
+    """A training of the images in the folder, with something wrong."""
+    return ["fit", "--path", "images", "--masks", "masks", *NEW_RUN, *more]
+
+
+def fit_from(path: str) -> list[str]:
+    """A training of other data."""
+    return ["fit", "--path", path, *NEW_RUN]
 
 
 MISTAKES = {
@@ -553,12 +559,12 @@ MISTAKES = {
     "masks of nobody": (fit("--masks", "strangers"), "mask"),
     "folder without images": (fit("--path", "empty"), "empty"),
     "torn image in the middle": (fit("--path", "torn/images"), "torn.png"),
-    "csv with a hole": (fit(*FIT_CSV, "hole.csv"), "none.png"),
-    "csv without a header": (fit(*FIT_CSV, "headless.csv"), "headless.csv"),
-    "csv with other columns": (fit(*FIT_CSV, "columns.csv"), "picture"),
-    "csv of one class": (fit(*FIT_CSV, "one.csv"), "class"),
-    "hdf5": (fit("--path", "text.h5"), "text.h5"),
-    "npz": (fit("--path", "wrong.npz"), "pictures"),
+    "csv with a hole": (fit_from("hole.csv"), "none.png"),
+    "csv without a header": (fit_from("headless.csv"), "headless.csv"),
+    "csv with other columns": (fit_from("columns.csv"), "picture"),
+    "csv of one class": (fit_from("one.csv"), "class"),
+    "hdf5": (fit_from("text.h5"), "text.h5"),
+    "npz": (fit_from("wrong.npz"), "pictures"),
     "module": (fit("--backbone", "torchvison.models.resnet50"), "torchvison"),
     "backbone's file": (fit("--backbone", "nte.py:Net"), "nte.py"),
     "backbone's name": (fit("--backbone", "net.py:Nett"), "Nett"),
@@ -587,6 +593,9 @@ MISTAKES = {
     "heatmap into a file": (["heatmap", "images", "--checkpoint", "run", "--out", "notes.txt"], "notes.txt"),
     "export half a checkpoint": (["export", "half.ckpt", "--out", "exported"], "half.ckpt"),
     "export into a file": (["export", "run", "--out", "notes.txt"], "notes.txt is a file"),
+    "evaluate below a file": (["evaluate", "run", "--out", "notes.txt/e"], "notes.txt"),
+    "heatmap below a file": (["heatmap", "images", "--checkpoint", "run", "--out", "notes.txt/h"], "notes.txt"),
+    "export below a file": (["export", "run", "--out", "notes.txt/e"], "notes.txt"),
     "predict other images": (["predict", "run", "--path", "nowhere"], "nowhere"),
     "predict into a folder": (["predict", "run", "--out", "images"], "is a folder"),
     "predict below a file": (["predict", "run", "--path", "images", "--out", "notes.txt/p.csv"], "notes.txt"),
@@ -607,6 +616,6 @@ def test_mistakes_are_one_line_and_write_nothing(commands, desk, mistake):
     assert done.err.startswith(name), done.err
     assert done.err.count("\n") == 1, done.err
     assert words in done.err
-    assert "unexpected" not in done.err
+    assert "error: unexpected" not in done.err
     assert "Traceback" not in done.err + done.out
     assert files(desk) == before
