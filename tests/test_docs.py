@@ -1,11 +1,15 @@
 """What the README tells newcomers to type. (The docstrings' examples run by themselves: pytest --doctest-modules.)"""
 
 import ast
+import contextlib
+import io
 import pathlib
 import re
+import shlex
 
 import pytest
 import torch
+from data import make
 
 import fisnet_cuda as fc
 
@@ -66,3 +70,76 @@ PUBLIC += [getattr(fc.ops, n) for n in fc.ops.__all__ if callable(getattr(fc.ops
 @pytest.mark.parametrize("thing", PUBLIC, ids=lambda t: getattr(t, "__qualname__", str(t)))
 def test_public_names_have_docstrings(thing):
     assert thing.__doc__, "what it does, in a sentence"
+
+
+# ---- the tool ----------------------------------------------------------------------------------------------------------
+
+TEXTS = {name: (ROOT / name).read_text() for name in ("README.md", "docs/tool.md")}
+
+
+@pytest.fixture(scope="module")
+def options():
+    """What each command of the tool accepts: the words that begin with a dash in its help."""
+    from fisnet_cuda.cli import COMMANDS, main
+
+    found = {}
+    for command in COMMANDS:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            main([command, "--help"])
+        found[command] = set(re.findall(r"(?<![\w.])--?[a-zA-Z][\w.-]*\w|(?<![\w.-])-\w\b", text.getvalue()))
+        assert "--help" in found[command], command
+    return found
+
+
+def command_lines(text):
+    for block in re.findall(r"(?ms)^```sh\n(.*?)^```", text):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["fisnet-cuda"]:
+                yield words
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_commands_of_the_texts_exist(options, name):
+    lines = list(command_lines(TEXTS[name]))
+    assert {words[1] for words in lines} >= {"fit", "evaluate", "heatmap"}
+    for _, command, *arguments in lines:
+        for word in arguments:
+            flag = word.partition("=")[0]
+            if flag.startswith("-"):
+                assert known(flag, options[command]), f"{name}: fisnet-cuda {command} has no {flag}"
+
+
+def test_options_of_the_tools_page_exist(options):
+    everything = set().union(*options.values())
+    flags = {flag.rstrip(".") for flag in re.findall(r"(?<=[`\s])--[a-z][\w.-]*", TEXTS["docs/tool.md"])}
+    flags -= {"--nproc_per_node"}  # of torchrun
+    assert len(flags) > 20
+    for flag in flags:
+        assert known(flag, everything), f"docs/tool.md: {flag}"
+
+
+def known(flag, accepted):
+    """A dict's entry (``--data.columns.image``) and a group (``--trainer``) count as the option."""
+    return flag in accepted or flag.rpartition(".")[0] in accepted or any(a.startswith(f"{flag}.") for a in accepted)
+
+
+def test_python_of_the_tools_page(tmp_path, monkeypatch):
+    """It runs as it stands, but for size, length and the network."""
+    (code,) = python_blocks(TEXTS["docs/tool.md"])
+    for old, new in (("size=224", "size=32"), ("max_epochs=20", "max_epochs=3, enable_progress_bar=False"),
+                     ("nets.resnet18", "nets.small"), ("batch_size=16", "batch_size=4")):  # fmt: skip
+        assert old in code
+        code = code.replace(old, new)
+    make.folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "tool"}
+    exec(compile(code, "docs/tool.md", "exec"), names)
+    assert isinstance(names["best"].net, fc.ISNet)
+    assert (tmp_path / "runs" / "dual" / "best.ckpt").is_file()
+
+
+def test_links_of_the_tools_page_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", TEXTS["docs/tool.md"]):
+        assert (ROOT / "docs" / target).exists(), f"docs/tool.md: {target}"

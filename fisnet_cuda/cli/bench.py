@@ -60,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Times of every kind of step, their ratio to the plain one, and their peak memory."""
-    torch.manual_seed(0)
-    model, spec = build(args.backbone, args)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model, spec = build(args.backbone, args)
     model = model.to(device, memory_format=torch.channels_last)
     steps = _steps(model, spec, args, device)
     progress = Progress("bench", args.rounds + 1)

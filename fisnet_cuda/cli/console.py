@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import random
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -35,6 +38,9 @@ LEGEND = (
     "train loss = (1 - P) class. + P heatmap; 1 is best of accuracy, balanced (accuracy), macro F1 and AUROC;\n"
     "background = share of relevance outside the masks, 0 is best; all but the training losses are of the validation images"
 )
+
+
+_LEFT_BEHIND = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
 
 
 def say(text: str = "") -> None:
@@ -76,16 +82,29 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def settings_kept() -> Iterator[None]:
-    """torch's process-wide settings are afterwards what they were: TF32, deterministic algorithms, cuDNN's benchmark, the seed."""
-    state = torch.get_rng_state()
+    """True float32 unless a command says otherwise (on a GPU torch's default is TF32 in convolutions, which would make `validate`
+    differ from the training); and what is one for the whole process is afterwards what it was: TF32, deterministic algorithms, cuDNN's
+    benchmark, the random states of torch, Python and numpy, and what Lightning and torch leave in the environment."""
+    state, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    environment = {name: os.environ.get(name) for name in _LEFT_BEHIND}
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     tf32 = cudnn.allow_tf32, matmul.allow_tf32
     benchmark, deterministic = cudnn.benchmark, cudnn.deterministic
     algorithms, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
     try:
         yield
     finally:
         torch.set_rng_state(state)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
         cudnn.allow_tf32, matmul.allow_tf32 = tf32
         cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
         torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)

@@ -26,7 +26,7 @@ from ..files import check_folder
 from ..train.checkpoint import WHICH, checkpoint_path, load_run
 from ..train.module import ISNetModule
 from .console import quiet, say, settings_kept
-from .runs import data_of, device_of
+from .runs import add_data_arguments, data_of, device_of
 
 __all__ = ["add_arguments", "parse_set", "run"]
 
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--split", choices=("test", "val", "train", "none"), default="test",
                         help="of the run's own data: test (and its groups), val, train, or none of it [%(default)s]")  # fmt: skip
+    add_data_arguments(parser)
     parser.add_argument("--out", metavar="DIR", help="where to write [RUN/evaluation]")
     parser.add_argument(
         "--samples", type=int, metavar="N", help="at most N images of each set, drawn by the seed, for a quick look [all]"
@@ -181,12 +182,12 @@ def _data(module: ISNetModule, path: str, args: argparse.Namespace) -> MaskedIma
     from ..train.checkpoint import run_config
 
     sets = dict(parse_set(text) for text in args.sets)
-    own = (run_config(path).get("data") or {}).get("tests") or {}
+    own = {} if args.path else (run_config(path).get("data") or {}).get("tests") or {}
     clash = [name for name in sets if name in own]
     if clash:
         raise InputError(f"--set {clash[0]}=: the run has a test set of this name already; give another name")
-    needed = SimpleNamespace(run=path, path=None, masks=None, batch_size=args.batch_size, workers=0)
-    data = data_of(module, needed, tests={**own, **sets}, augment="none")
+    needed = SimpleNamespace(run=path, path=args.path, masks=args.masks, batch_size=args.batch_size, workers=0)
+    data = data_of(module, needed, args.split if args.split != "none" else "test", tests={**own, **sets}, augment="none")
     keep = {args.split, *own, *sets} if args.split == "test" else {args.split, *sets}
     chosen = [i for i, split in enumerate(data.splits) if split in keep]
     if not chosen:

@@ -23,6 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from ..data.module import MaskedImageData
+from ..data.split import drift, read_manifest
 from ..errors import InputError
 from ..files import make_folder, write_text
 from ..train.callbacks import callbacks
@@ -42,8 +43,10 @@ NOT_OFFERED = {
     "overfit_batches",
 }  # fmt: skip
 TRAINER_DEFAULTS = {"max_epochs": 20, "gradient_clip_val": 1.0, "deterministic": "warn", "devices": 1, "log_every_n_steps": 10}
-# settings that a run may be continued with although they are others: they do not change what is learned, or are meant to change
+# settings that a run may be continued with although they are others: they do not change what is learned, or are meant to change.
+# Where the images lie is one of them: that they are the same ones is seen by split.csv.
 FREE = {
+    "data.path", "data.masks",
     "trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.min_epochs", "trainer.min_steps", "trainer.accelerator",
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.profiler", "trainer.enable_progress_bar",
     "trainer.log_every_n_steps", "data.workers", "data.cache", "data.cache_dir", "patience", "figures_every", "figures_images",
@@ -205,6 +208,20 @@ class Run:
             kept = " (the optimizer goes on with those of the checkpoint)" if set(OPTIMIZER) & set(words) else ""
             say(f"settings that differ from {folder}: {'; '.join(words.values())}{kept}")
 
+    def _compare_images(self) -> None:
+        """A file more or less moves others to other splits: the network would be tested on what it has learned."""
+        folder = self.checkpoint.parent if self.checkpoint is not None else self.folder
+        if self.checkpoint is None or not (folder / "split.csv").is_file() or not hasattr(self.data, "store"):
+            return
+        found = drift(read_manifest(folder / "split.csv"), self.data.listing, self.data.splits, self.data.store.hashes)
+        if any(found) and folder == self.folder:
+            raise InputError(
+                f"the images have changed since {folder} was trained: {found}. Its test could hold what it has learned from: put the "
+                "files back, or start a new run"
+            )
+        if any(found):
+            say(f"images that differ from {folder}: {found}; what it has learned from may be in validation and test now")
+
     def _trainer(self) -> Trainer:
         values = dict(self.cli.config_init.trainer)
         given = values.pop("callbacks", None) or []
@@ -240,6 +257,7 @@ class Run:
 
     def begin(self, trainer: Trainer) -> None:
         """Data and model are known to be good: the folder, its config.yaml, and what is going to happen, in words."""
+        self._compare_images()
         if trainer.is_global_zero:
             self.made = _first_missing(self.folder)
             make_folder(self.folder)

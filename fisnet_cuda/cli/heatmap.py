@@ -49,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reads all images, so that an unreadable one is told before anything is written; then explains, draws and writes."""
-    from .console import quiet
+    from .console import quiet, settings_kept
 
-    with quiet():  # warnings in one line
+    with quiet(), settings_kept():
         return _run(args)
 
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints a table of metrics."""
     with quiet(), settings_kept():
-        module, data = open_run(args)
+        module, data = open_run(args, "val")
         metrics = metrics_of(module, data, "validate", args)
         say(table(metrics, f"validation images of {data.hparams.get('path', '') or args.run}"))
         say(READING)

@@ -6,10 +6,9 @@ Data flow one way: `list_samples` finds what there is, `split` divides it, `Stor
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from .._lazy import lazy
 
-# public name -> the module it lives in; nothing is imported before it is asked for, and listing files needs no Lightning
+# nothing is imported before it is asked for: listing files needs no Lightning
 _HOMES = {
     "ArrayItem": "samples",
     "Augmentation": "transforms",
@@ -30,13 +29,4 @@ _HOMES = {
 }
 
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -7,7 +7,7 @@ import io
 import math
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from ..files import write_text
 from ._paths import missing, near, shown
 from .samples import SPLITS, Listing, Sample
 
-__all__ = ["ManifestRow", "read_manifest", "split", "split_notes", "write_manifest"]
+__all__ = ["Drift", "ManifestRow", "drift", "read_manifest", "split", "split_notes", "write_manifest"]
 
 _COLUMNS = ("name", "label", "split", "group", "has_mask", "sha256")
 
@@ -248,8 +248,7 @@ def write_manifest(path: str | Path, listing: Listing, splits: Sequence[str], ha
         label = "" if sample.label is None else listing.classes[sample.label]
         row = (sample.name, label, splits[i], sample.group or "", int(sample.mask is not None), hashes[i] if len(hashes) else "")
         writer.writerow(row)
-    # a name that came from elsewhere may hold a lone surrogate, which no UTF-8 file can
-    return write_text(path, text.getvalue().encode("utf-8", "backslashreplace").decode("utf-8"))
+    return write_text(path, manifest_name(text.getvalue()))
 
 
 def read_manifest(path: str | Path) -> dict[str, ManifestRow]:
@@ -285,3 +284,52 @@ def read_manifest(path: str | Path) -> dict[str, ManifestRow]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read the manifest {shown(path)}: {shown(error)}") from None
     return rows
+
+
+class Drift(NamedTuple):
+    """Names of samples that are ``new``, ``gone``, ``moved`` to another split, or of other pixels (``changed``) than in a manifest."""
+
+    new: tuple[str, ...]
+    gone: tuple[str, ...]
+    moved: tuple[str, ...]
+    changed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = (("new", self.new), ("gone", self.gone), ("in another split", self.moved), ("with other pixels", self.changed))
+        return ", ".join(f"{len(names):,} {what} (such as {shown(names[0])})" for what, names in parts if names) or "no difference"
+
+
+def drift(rows: Mapping[str, ManifestRow], listing: Listing, splits: Sequence[str], hashes: Sequence[str] = ()) -> Drift:
+    """Compare what is in train, val, test and in no split with a manifest; further test sets do not count.
+
+    `split` depends on all samples: with a few files more or fewer than in training, others change their place, and images that a
+    network has learned from would be in its test.
+
+    Args:
+        rows: from `read_manifest`.
+        listing: the samples of now.
+        splits: a split (or test set) a sample.
+        hashes: of the decoded images, where pixels shall be compared, too.
+
+    Example:
+        >>> from pathlib import Path
+        >>> rows = {"a": ManifestRow("x", "train", None, True, None), "b": ManifestRow("x", "test", None, True, None)}
+        >>> samples = tuple(Sample(name, Path(name), label=0) for name in "ac")
+        >>> str(drift(rows, Listing(samples, ("x",), Path(), "folder"), ["test", "train"]))
+        '1 new (such as c), 1 gone (such as b), 1 in another split (such as a)'
+    """
+    before = {name: row.split or "" for name, row in rows.items() if row.split is None or row.split in SPLITS}
+    now = {manifest_name(sample.name): name for sample, name in zip(listing.samples, splits) if name in ("", *SPLITS)}
+    known = {name: row.sha256 for name, row in rows.items() if row.sha256}
+    pixels = {manifest_name(sample.name): sha for sample, sha in zip(listing.samples, hashes)}
+    return Drift(
+        tuple(name for name in now if name not in rows),
+        tuple(name for name in before if name not in now),
+        tuple(name for name in now if before.get(name, now[name]) != now[name]),
+        tuple(name for name, sha in pixels.items() if name in now and known.get(name, sha) != sha),
+    )
+
+
+def manifest_name(name: str) -> str:
+    """A sample's name as a manifest holds it: one that came from elsewhere may have a lone surrogate, which no UTF-8 file can."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

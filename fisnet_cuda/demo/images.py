@@ -18,8 +18,8 @@ import torch
 
 from ..errors import InputError
 from ..files import atomic, make_folder, write_text
+from ..progress import Progress
 from .digits import CLASSES, MARKS, Batch, Canvas, Marks, Originals, load_originals, render
-from .progress import Progress
 
 COLUMNS = ("image", "mask", "label", "split", "group")
 VAL_SHARE = 1 / 6  # of the digits that are not for testing

@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 
 from ..errors import FisnetWarning, InputError
 from ..files import atomic
-from .resume import tuning
+from .resume import tuning, weighed_by
 
 __all__ = ["Checkpoints", "EarlyStop", "direction"]
 
@@ -64,7 +65,8 @@ class Checkpoints(Checkpoint):
     Lightning takes a checkpoint from there for one of after the validation. Both hold all that a resume needs.
 
     Epochs before C1 and C2 are tuned (where ``module.tuning``) are never the best, nor those with a monitor that is not
-    finite. Without validation there is no best.
+    finite. A loss is compared with those of the same P: where P has a schedule, the best is of the epochs with the last P so far.
+    Without validation there is no best.
 
     Args:
         run: the folder.
@@ -89,6 +91,7 @@ class Checkpoints(Checkpoint):
         self.run, self.monitor, self.mode = Path(run), monitor, direction(monitor, mode)
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.best: dict[str, Any] | None = None  # epoch, step and value
+        self._P: float | None = None  # that the best was weighed by
         self._value: float | None = None  # of this epoch's validation
         self._due = False
         self._seen = 0
@@ -164,11 +167,13 @@ class Checkpoints(Checkpoint):
         """
         value = monitored(trainer, self.monitor) if self._of_training else self._value
         better = value is not None and not tuning(pl_module) and math.isfinite(value)
-        if better and self.best is not None:
+        P = weighed_by(pl_module, self.monitor)
+        if better and self.best is not None and P == self._P:
             better = value < self.best["value"] if self.mode == "min" else value > self.best["value"]
         better = trainer.strategy.broadcast(better)
         if better:
             self.best = {"epoch": trainer.current_epoch, "step": trainer.global_step, "value": value}
+            self._P = P
         self._value = None
         self._save(trainer, best=better)
 
@@ -201,12 +206,12 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far, and this epoch's value."""
-        return {"best": self.best, "value": self._value, "monitor": self.monitor, "mode": self.mode}
+        return {"best": self.best, "value": self._value, "P": self._P, "monitor": self.monitor, "mode": self.mode}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on comparing with the best so far, if it is that of the same metric."""
         if (state_dict["monitor"], state_dict["mode"]) == (self.monitor, self.mode):
-            self.best, self._value = state_dict["best"], state_dict["value"]
+            self.best, self._value, self._P = state_dict["best"], state_dict["value"], state_dict["P"]
 
 
 def _epoch(path: Path) -> int | None:
@@ -222,8 +227,9 @@ def _validation_due(trainer: pl.Trainer, batches: int) -> bool:
 
 
 class EarlyStop(EarlyStopping):
-    """Lightning's `EarlyStopping` that knows of the epochs before C1 and C2 are tuned, which it passes over, and of runs that were
-    killed after it had decided to stop, which stay stopped; a larger patience given in a resume holds.
+    """Lightning's `EarlyStopping` that passes over the epochs before C1 and C2 are tuned, and before P's schedule has come to its
+    last value (their losses compare with no later ones). Runs that were killed after it had decided to stop stay stopped; a larger
+    patience given in a resume holds.
 
     Args:
         monitor: name of a logged metric.
@@ -242,13 +248,18 @@ class EarlyStop(EarlyStopping):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the monitor, unless C1 and C2 are yet to be tuned."""
-        if not tuning(pl_module):
+        if self._counts(trainer, pl_module):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the monitor, where validation does not come once an epoch."""
-        if not tuning(pl_module):
+        if self._counts(trainer, pl_module):
             super().on_validation_end(trainer, pl_module)
+
+    def _counts(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether this epoch's value compares with those before and says something of those to come."""
+        schedule = getattr(getattr(pl_module, "loss", None), "P", None)
+        return not (tuning(pl_module) or (isinstance(schedule, Mapping) and max(schedule) > trainer.current_epoch))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on waiting, with the patience of now."""

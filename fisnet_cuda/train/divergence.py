@@ -110,11 +110,11 @@ class DivergenceGuard(pl.Callback):
         if weights and not diverged:  # a finite loss may have had a gradient that was not
             diverged = not _finite_weights(module)
         if trainer.strategy.reduce_boolean_decision(diverged, all=False):
-            raise DivergedError(self._message(trainer, module))
+            raise DivergedError(self._message(trainer, module, diverged))
 
     # ---- saying ------------------------------------------------------------------------------------------------------
 
-    def _message(self, trainer: pl.Trainer, module: ISNetModule) -> str:
+    def _message(self, trainer: pl.Trainer, module: ISNetModule, here: bool) -> str:
         step = int(self._bad_step) if self._bad_step is not None else -1
         where = f"in step {step + 1} (epoch {trainer.current_epoch})" if step >= 0 else f"by step {trainer.global_step}"
         running, reference = self._values.tolist() if self._values is not None else (math.nan, math.nan)
@@ -122,8 +122,10 @@ class DivergenceGuard(pl.Callback):
             what = f"training has diverged: the loss rose to {running:.4g} {where}, from {reference:.4g} at the start"
         elif step >= 0:
             what = f"training has diverged: the loss was not finite {where}"
-        else:
+        elif here:
             what = f"training has diverged: weights were not finite {where}"
+        else:
+            what = f"training has diverged in another process {where}"
         return f"{what}. {self._advice(trainer, module)} {last_checkpoint(trainer)}"
 
     def _advice(self, trainer: pl.Trainer, module: ISNetModule) -> str:

@@ -68,7 +68,7 @@ class HeatmapFigures(pl.Callback):
                 rows(pl_module, data, self._batch),
                 title=f"{which} images after {epochs} ({stage}step {trainer.global_step})",
             )
-        except OSError as error:  # a figure is not worth a training
+        except (OSError, InputError) as error:  # no room on the disk, say; a figure is not worth a training
             warnings.warn(f"the heatmaps of epoch {epoch} could not be drawn: {error}", FisnetWarning, stacklevel=2)
 
 

@@ -224,7 +224,7 @@ class ISNetModule(pl.LightningModule):
     def _initial_randomness(self) -> Iterator[None]:
         """Initial weights are a function of the seed alone, and building a module leaves the caller's random state as it was."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed the GPUs, too
             yield
 
     def _set_loss(self, c1: Any, c2: Any) -> None:
@@ -284,7 +284,8 @@ class ISNetModule(pl.LightningModule):
         x = self._input(x.to(self.device))
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self._number(EVALUATE, 0, 0))
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[d.index or 0] for d in devices)):
+                generator.manual_seed(self._number(EVALUATE, 0, 0))  # torch.manual_seed would seed all other GPUs, too
             if isinstance(target, str):
                 if target not in ("predicted", "label") or (target == "label" and labels is None):
                     raise InputError(f"target must be 'predicted', 'label' (with labels), classes or None, got {target!r}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import FisnetWarning, InputError
 
-__all__ = ["WholeEpochs", "tuning"]
+__all__ = ["WholeEpochs", "tuning", "weighed_by"]
 
 _KEY = "fisnet_cuda_epoch"
 
@@ -20,6 +20,12 @@ _KEY = "fisnet_cuda_epoch"
 def tuning(pl_module: pl.LightningModule) -> bool:
     """Whether the classifier is still trained alone, before C1 and C2 are tuned: those losses compare with no later ones."""
     return getattr(pl_module, "tuning", False)
+
+
+def weighed_by(pl_module: pl.LightningModule, monitor: str) -> float | None:
+    """P, if ``monitor`` is a loss that P weighs the two parts of: such losses compare with those of the same P only."""
+    loss = getattr(pl_module, "loss", None)
+    return float(loss.P_now) if monitor in ("train/loss", "val/loss") and hasattr(loss, "P_now") else None
 
 
 class WholeEpochs(pl.Callback):
@@ -32,13 +38,27 @@ class WholeEpochs(pl.Callback):
       then the loader was made before the checkpoint was read (``estimated_stepping_batches``).
     * Schedules that wait for a plateau: Lightning steps them after the last hook of an epoch in which a checkpoint can be
       taken, and not at all in the epoch that was resumed in its middle. Here they are stepped before the checkpoint of the
-      epoch's end, and not before C1 and C2 are tuned.
+      epoch's end, and not before C1 and C2 are tuned. They wait anew when P, and with it the loss that they watch, is another.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[str, Tensor]] = {}
         self._plateaus: list[tuple[Any, int]] = []
         self._validated = False
+        self._P: float | None = None  # of the loss that the plateaus compare with
+
+    @property
+    def state_key(self) -> str:
+        """One place in a checkpoint."""
+        return "fisnet_cuda.WholeEpochs"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the plateaus compare with."""
+        return {"P": self._P}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on comparing."""
+        self._P = state_dict["P"]
 
     # ---- averages ----------------------------------------------------------------------------------------------------
 
@@ -111,6 +131,10 @@ class WholeEpochs(pl.Callback):
             value = trainer.callback_metrics.get(config.monitor)
             if value is None:
                 raise InputError(f"the plateau schedule watches {config.monitor!r}, which is not logged; there are: {_names(trainer)}")
+            P = weighed_by(pl_module, config.monitor)
+            if self._P is not None and P != self._P:
+                config.scheduler.best, config.scheduler.num_bad_epochs = config.scheduler.mode_worse, 0
+            self._P = P
             pl_module.lr_scheduler_step(config.scheduler, value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 import pytest
 
 pytest.importorskip("lightning")
+import numpy as np
 import torch
 import yaml
 
@@ -179,12 +181,18 @@ def test_goes_on_by_itself_and_says_what_differs(trained, arguments, tmp_path, c
 
 
 def test_torch_is_left_as_it_was(arguments, tmp_path):
+    states = random.getstate(), np.random.get_state(legacy=False)["state"], dict(os.environ)
     before = torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled(), torch.get_rng_state()
     handler = signal.getsignal(signal.SIGINT)
     assert main(["fit", *arguments, "--epochs", "1", "--run", str(tmp_path / "a"), "--amp", "--ema", "0.9"]) == 0
     assert (torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled()) == before[:2]
     assert torch.equal(torch.get_rng_state(), before[2])
     assert signal.getsignal(signal.SIGINT) is handler
+    after = random.getstate(), np.random.get_state(legacy=False)["state"], dict(os.environ)
+    assert after[0] == states[0]
+    assert after[1]["pos"] == states[1]["pos"]
+    assert (after[1]["key"] == states[1]["key"]).all()
+    assert after[2] == states[2]
 
 
 @pytest.mark.parametrize(("precision", "tf32"), [("32", False), ("tf32", True)])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fisnet_cuda.errors import FisnetWarning, InputError
+from fisnet_cuda.isnet.loss import ISNetLoss
 from fisnet_cuda.train.callbacks import callbacks
 from fisnet_cuda.train.checkpoints import Checkpoints, EarlyStop
 from tests.train.tiny import Tiny, fit
@@ -73,6 +74,47 @@ def test_more_of_an_accuracy_is_better(tmp_path):
 def test_best_is_never_of_an_epoch_before_tuning_nor_of_nan(tmp_path):
     fit(tmp_path, [0.1, float("nan"), 2.0, 3.0], callbacks_of(tmp_path), tuning_epochs=1)
     assert saved(tmp_path, "best.ckpt")["epoch"] == 2
+
+
+class Scheduled(Tiny):
+    """P rises in epoch 2: losses of before are of another kind."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.loss = ISNetLoss({0: 0.1, 2: 0.7})
+
+    def on_train_epoch_start(self):
+        self.loss.set_epoch(self.current_epoch)
+
+
+def test_losses_of_another_P_are_not_compared(tmp_path):
+    values = [0.1, 0.1, 3.0, 2.0, 2.5, 2.5, 2.5]
+    trainer = fit(tmp_path, values, callbacks_of(tmp_path, patience=2), module=Scheduled)
+    assert (saved(tmp_path, "best.ckpt")["epoch"], trainer.current_epoch) == (3, 6)
+    # a resumed run knows of which P its best is
+    fit(tmp_path / "a", values[:4], callbacks_of(tmp_path / "a"), module=Scheduled)
+    fit(tmp_path / "a", values[:5], callbacks_of(tmp_path / "a"), module=Scheduled, ckpt_path=tmp_path / "a" / "last.ckpt")
+    assert saved(tmp_path / "a", "best.ckpt")["epoch"] == 3
+    # what is no loss compares across all of them
+    fit(tmp_path / "b", [3.0, 2.0, 1.0, 1.0], callbacks_of(tmp_path / "b", monitor="val/accuracy"), module=Scheduled)
+    assert saved(tmp_path / "b", "best.ckpt")["epoch"] == 0
+
+
+def test_training_does_not_stop_before_P_has_come_to_its_last_value(tmp_path):
+    trainer = fit(tmp_path, [1.0, 2.0, 3.0, 2.0, 2.5, 2.5], callbacks_of(tmp_path, patience=1), module=Scheduled)
+    assert trainer.current_epoch == 5
+
+
+class Plateau(Scheduled):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+        return [optimizer], [{"scheduler": plateau, "interval": "epoch", "monitor": "val/loss"}]
+
+
+def test_plateaus_wait_anew_with_another_P(tmp_path):
+    trainer = fit(tmp_path, [0.1, 0.2, 3.0, 2.0, 1.9, 1.8], callbacks_of(tmp_path), module=Plateau)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1
 
 
 def test_without_validation_there_is_no_best(tmp_path):

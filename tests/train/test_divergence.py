@@ -4,13 +4,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_training import QUIET, SPEC, Data
 
 from fisnet_cuda.errors import InputError
 from fisnet_cuda.train.divergence import DivergedError, DivergenceGuard
 from fisnet_cuda.train.module import ISNetModule
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("error::fisnet_cuda.FisnetWarning")
 
 
 class Spoiled(ISNetModule):
@@ -95,6 +96,12 @@ def test_the_last_good_checkpoint_is_named_and_good(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"step={i}.ckpt" for i in range(1, 7)]
     for path in tmp_path.iterdir():
         assert all(v.isfinite().all() for v in torch.load(path, weights_only=True)["state_dict"].values())
+
+
+def test_a_process_that_is_well_ends_with_the_others(monkeypatch):
+    """It says that another one diverged, not that its own weights did."""
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce_boolean_decision", lambda *args, **options: True)
+    assert diverged(1.0, 0).startswith("training has diverged in another process by step 2. ")
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 
 import fisnet_cuda.plot
 from fisnet_cuda.data.module import MaskedImageData
-from fisnet_cuda.errors import FisnetWarning
+from fisnet_cuda.errors import FisnetWarning, InputError
 from fisnet_cuda.train.averaging import EMA
 from fisnet_cuda.train.heatmaps import HeatmapFigures, pick
 from fisnet_cuda.train.module import ISNetModule
@@ -121,9 +121,10 @@ def test_without_validation_training_images_are_drawn(tmp_path, drawn):
     assert title.startswith("Training images")
 
 
-def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError, InputError])  # `files.atomic` makes the second of the first
+def test_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch, error):
     def full(*_, **__):
-        raise OSError("no space left on device")
+        raise error("no space left on device")
 
     monkeypatch.setattr(fisnet_cuda.plot, "heatmap_grid", full)
     with warnings.catch_warnings(record=True) as caught:

@@ -19,7 +19,7 @@ from fisnet_cuda.train.checkpoint import load_run
 from fisnet_cuda.train.module import VARIANTS, ISNetModule
 from fisnet_cuda.train.scores import Scores
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("error::fisnet_cuda.FisnetWarning")
 
 
 def module(**settings):

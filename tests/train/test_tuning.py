@@ -11,7 +11,7 @@ from fisnet_cuda.errors import InputError
 from fisnet_cuda.train.module import ISNetModule
 from fisnet_cuda.train.tuning import TuneC1C2, chosen
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("error::fisnet_cuda.FisnetWarning")
 
 
 def module(**settings):
