@@ -578,6 +578,7 @@ MISTAKES = {
     "monitor": (fit("--monitor", "val/acuracy"), "did you mean 'val/accuracy'?"),
     "run folder below a file": (fit("--run", "notes.txt/run"), "name another --run"),
     "run folder of another kind": (fit("--run", "images"), "name another --run"),
+    "run folder that cannot be made": (fit("--run", "/proc/fisnet/run"), "cannot make the folder /proc/fisnet"),
     "resume from a text": (fit("--resume", "text.ckpt"), "text.ckpt is not a checkpoint"),
     "resume from half a checkpoint": (fit("--resume", "half.ckpt"), "half.ckpt is not a checkpoint"),
     "resume with other settings": (["fit", "--run", "run", "--lr", "0.5"], "model.lr 0.1 -> 0.5"),
@@ -619,3 +620,27 @@ def test_mistakes_are_one_line_and_write_nothing(commands, desk, mistake):
     assert "error: unexpected" not in done.err
     assert "Traceback" not in done.err + done.out
     assert files(desk) == before
+
+
+@pytest.mark.parametrize("mistake", ["torn image in the middle", "batch", "monitor", "backbone that fails"])
+def test_two_processes_make_a_mistake_once(commands, desk, mistake):
+    argv, words = MISTAKES[mistake]
+    before = files(desk)
+    more = ["-b", "40"] if mistake == "batch" else []
+    ended = [process.end() for process in [commands.start(*argv, *more, cwd=desk, env=env) for env in torchrun(2)]]
+    assert [done.status for done in ended] == [2, 2]
+    assert ended[0].err.count("\n") == 1
+    assert words in ended[0].err
+    assert ended[1].err == ended[1].out == ""
+    assert files(desk) == before
+
+
+def test_divergence_is_one_line_of_advice(commands, desk, tmp_path):
+    run = tmp_path / "run"
+    done = commands.run(*fit("--lr", "1e8", "--trainer.gradient_clip_val", "1e9", "--run", str(run)), cwd=desk)
+    assert done.status == 1
+    assert done.err.startswith("fisnet-cuda fit: error: training has diverged")
+    assert done.err.count("\n") == 1
+    assert all(word in done.err for word in ("raise d", "lower lr", "clip"))
+    assert json.loads((run / "summary.json").read_text())["ended"] == "failed"
+    assert not list(run.rglob(".*"))
