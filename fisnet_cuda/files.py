@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import InputError
 
-__all__ = ["atomic", "make_folder", "write_json", "write_text"]
+__all__ = ["atomic", "check_folder", "make_folder", "write_json", "write_text"]
 
 
 def make_folder(path: str | Path) -> Path:
@@ -30,6 +30,24 @@ def make_folder(path: str | Path) -> Path:
     except OSError as error:
         raise InputError(f"cannot make the folder {path}: {error.strerror}") from None
     return path
+
+
+def check_folder(path: str | Path) -> None:
+    """Sees, before the work is done, that its results can be written to a folder, which need not be there yet.
+
+    Raises:
+        InputError: it is a file or lies below one, or there is no permission.
+
+    Example:
+        >>> import tempfile
+        >>> check_folder(Path(tempfile.mkdtemp()) / "not" / "yet")
+    """
+    path = Path(path)
+    there = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise InputError(f"{path} is a file (or lies below one), and a folder is needed: name another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write into {there}: no permission; name another folder")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from ..data.split import read_manifest
 from ..errors import InputError
 from ..evaluate import Evaluation, Options, evaluate
 from ..evaluate.faithfulness import BASELINES
+from ..files import check_folder
 from ..train.checkpoint import WHICH, checkpoint_path, load_run
 from ..train.module import ISNetModule
 from .console import quiet, say, settings_kept
@@ -127,8 +128,8 @@ def _check(args: argparse.Namespace) -> None:
     twice = [name for name in given if given.count(name) > 1]
     if twice:
         raise InputError(f"--set {twice[0]}= is given twice: give every set a name of its own")
-    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
-        raise InputError(f"--out {args.out} is a file, and a folder is needed: name another one")  # now, not after the work
+    if args.out:
+        check_folder(args.out)  # now, not after the work
 
 
 def _one(path: str, name: str, module: ISNetModule, file: Path, args: argparse.Namespace, device: torch.device) -> Evaluation:

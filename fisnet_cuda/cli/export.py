@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import check_folder
 
 __all__ = ["add_arguments", "run"]
 
@@ -26,8 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from ..train.checkpoint import load_run
     from .console import quiet
 
-    if args.out.exists() and not args.out.is_dir():
-        raise InputError(f"--out {args.out} is a file: name a folder")
+    check_folder(args.out)  # now, not after the work
     if args.opset is not None and args.no_onnx:
         raise InputError("--opset is of ONNX, which --no-onnx leaves out: drop one of them")
     with quiet():  # warnings in one line

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import atomic, make_folder, write_json
+from ..files import atomic, check_folder, make_folder, write_json
 
 if TYPE_CHECKING:
     from ..train.module import ISNetModule
@@ -61,6 +61,7 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here; fisnet-cuda info tells why")
+    check_folder(args.out)
     files, left_out = find_images(args.images)
     masks, unmatched = find_masks(files, args.masks)
     module = load_run(args.checkpoint, args.device or ("cuda" if torch.cuda.is_available() else "cpu"), args.which)

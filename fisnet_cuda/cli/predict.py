@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
-from ..files import atomic
+from ..files import atomic, check_folder
 from ..progress import Progress
 from .console import quiet, say, settings_kept
 from .runs import add_run_arguments, device_of, open_run
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or folder / "predictions.csv"
     if out.is_dir():
         raise InputError(f"--out {out} is a folder: name a file")
+    check_folder(out.parent)  # now, not after the work
     with quiet(), settings_kept(), torch.no_grad():
         module, data = open_run(args)
         device = device_of(args)

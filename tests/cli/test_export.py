@@ -34,7 +34,7 @@ def test_differing_logits_exit_with_1_and_one_line(trained, tmp_path, capsys, mo
     ("arguments", "message"),
     [
         (["nowhere", "--out", "out"], "there is no run folder or checkpoint nowhere"),
-        (["RUN", "--out", "RUN/best.ckpt"], "is a file: name a folder"),
+        (["RUN", "--out", "RUN/best.ckpt"], "is a file"),
         (["RUN", "--out", "out", "--no-onnx", "--opset", "18"], "--opset is of ONNX"),
         (["RUN", "--out", "out", "--no-torch-export", "--opset", "3"], "could only be written with opset"),
         (["RUN"], "--out"),
