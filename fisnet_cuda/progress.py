@@ -6,9 +6,12 @@ import sys
 import time
 from typing import TextIO
 
+QUIET = 2.0  # seconds between two lines of a log file
+
 
 class Progress:
-    """Shows how far a loop has come: a line that renews itself on a terminal, a line per tenth elsewhere.
+    """Shows how far a loop has come: a line that renews itself on a terminal; elsewhere a line per tenth, at most
+    one in two seconds, and one at the end.
 
     Args:
         label: what is being done.
@@ -37,8 +40,8 @@ class Progress:
             self.stream.write("\r" + text[:118].ljust(118) + ("\n" if last else ""))
         else:
             tenth = 10 * done // self.total
-            if tenth == self.tenth:
+            if tenth == self.tenth or (now - self.shown < QUIET and not last):
                 return
-            self.tenth = tenth
+            self.tenth, self.shown = tenth, now
             self.stream.write(f"{self.label:<22} {done / self.total:4.0%} {now - self.start:4.0f} s  {note}\n")
         self.stream.flush()

@@ -26,12 +26,15 @@ SHORT = {
     "--path": "--data.path",
     "--masks": "--data.masks",
     "--size": "--data.size",
+    "--channels": "--data.channels",
+    "--augment": "--data.augment",
     "-b": "--data.batch_size",
     "--batch-size": "--data.batch_size",
     "--workers": "--data.workers",
     "--backbone": "--model.backbone",
     "--variant": "--model.variant",
     "--lr": "--model.lr",
+    "--schedule": "--model.schedule",
     "--epochs": "--trainer.max_epochs",
     "--devices": "--trainer.devices",
 }
@@ -62,10 +65,13 @@ def expand(argv: Sequence[str]) -> list[str]:
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """jsonargparse's, with the description's own line breaks."""
+    """jsonargparse's, with the description's own line breaks and without its lists of every class that would fit."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "".join(indent + line for line in text.splitlines(keepends=True))
+
+    def _expand_help(self, action: Action) -> str:
+        return re.sub(r", known subclasses:[^)]*", "", super()._expand_help(action))
 
 
 class UsageError(Exception):

@@ -132,3 +132,13 @@ def test_own_exit_code_holds():
         exit_code = 1
 
     assert report(DivergedLikeError("diverged")) == (1, "error: diverged")
+
+
+def test_the_help_of_fit_has_the_short_names_and_no_lists_of_classes(capsys):
+    pytest.importorskip("lightning")
+    assert main(["fit", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--augment" in out
+    assert "--data.augment" in out
+    assert "known subclasses" not in out
+    assert "(type: Union[list[Callback], Callback," in out  # the rest of that line is still there

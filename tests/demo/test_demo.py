@@ -151,6 +151,18 @@ class TestProgress:
         assert "100%" in lines[-1]
         assert "\r" not in log.text
 
+    def test_a_log_is_not_flooded_by_what_is_quick(self):
+        log = self.Terminal(False)
+        bar = progress.Progress("work", 100, log)
+        for done in range(1, 101):
+            bar.update(done)
+        assert len(log.text.splitlines()) == 1
+        bar = progress.Progress("slow work", 100, log)
+        for done in range(1, 101):
+            bar.shown -= progress.QUIET  # as if two seconds had passed
+            bar.update(done)
+        assert len(log.text.splitlines()) == 1 + 10
+
     def test_a_terminal_gets_one_line(self):
         terminal = self.Terminal(True)
         bar = progress.Progress("work", 50, terminal)

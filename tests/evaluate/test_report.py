@@ -51,6 +51,13 @@ def test_a_fall_where_the_shortcut_is_broken_is_the_background():
     assert "30 % of its relevance lies in the background (test/biased; spread evenly it would be 70 %)" in text
 
 
+def test_a_larger_set_on_which_the_shortcut_lies_is_not_what_is_compared_with():
+    said = "accuracy falls from 99 % (test/same) to 6 % (test/swapped): the net uses the background"
+    assert verdict(run(subset("test/same", 100, 0.99), subset("test/swapped", 150, 0.06))).startswith(said)
+    plain = verdict(run(subset("site A", 100, 0.99), subset("site B", 150, 0.06)))  # names that tell nothing
+    assert plain.startswith("accuracy falls from 99 % (site A) to 6 % (site B): what it learned does not hold there")
+
+
 @pytest.mark.parametrize(
     ("subsets", "words"),
     [
