@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from .runs import add_data_arguments, data_of, device_of
 __all__ = ["add_arguments", "parse_set", "run"]
 
 _SET = ("masks", "form", "mask_suffix", "mask_from")
+_TABLES = ("columns", "keys")  # columns.image=file: as in fit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", default="best", metavar="best|last|FILE", help="which checkpoint of RUN [%(default)s]")
     parser.add_argument(
         "--set", action="append", default=[], dest="sets", metavar="NAME=PATH[,masks=DIR][,...]",
-        help=f"a further test set, say one in which the shortcut is broken; options: {', '.join(_SET)}; may be repeated",
+        help=f"a further test set, say one in which the shortcut is broken; options: {', '.join(_SET)}, "
+        "columns.image and the like, keys.image and the like; may be repeated",
     )  # fmt: skip
     parser.add_argument("--split", choices=("test", "val", "train", "none"), default="test",
                         help="of the run's own data: test (and its groups), val, train, or none of it [%(default)s]")  # fmt: skip
@@ -85,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_set(text: str) -> tuple[str, dict[str, str]]:
+def parse_set(text: str) -> tuple[str, dict[str, Any]]:
     """``NAME=PATH[,masks=DIR][,...]`` as a name and options of a test set.
 
     Raises:
@@ -94,17 +97,24 @@ def parse_set(text: str) -> tuple[str, dict[str, str]]:
     Example:
         >>> parse_set("external=data/b.csv,masks=data/masks")
         ('external', {'path': 'data/b.csv', 'masks': 'data/masks'})
+        >>> parse_set("external=data/b.csv,columns.image=file")[1]["columns"]
+        {'image': 'file'}
     """
     name, equals, rest = text.partition("=")
-    path, *options = re.split(r",(?=\w+=)", rest)
+    path, *options = re.split(r",(?=[\w.]+=)", rest)
     if not equals or not re.fullmatch(r"[\w .+-]+", name) or not path:
         raise InputError(f"--set {text}: write NAME=PATH or NAME=PATH,masks=DIR, NAME of letters, digits, space and .+-_")
-    found = {"path": path}
+    found: dict[str, Any] = {"path": path}
     for option in options:
         key, _, value = option.partition("=")
-        if key not in _SET:
-            raise InputError(f"--set {text}: there is no option {key!r}; options: {', '.join(_SET)}")
-        found[key] = value
+        table, _, role = key.partition(".")
+        if table in _TABLES and role:
+            found.setdefault(table, {})[role] = value
+        elif key in _SET:
+            found[key] = value
+        else:
+            allowed = [*_SET, *(f"{table}.NAME" for table in _TABLES)]
+            raise InputError(f"--set {text}: there is no option {key!r}; options: {', '.join(allowed)}")
     return name, found
 
 

@@ -199,6 +199,11 @@ class Run:
         before, now = _flat(_read_yaml(folder / "config.yaml")), _flat(self.settings)
         differ = [key for key in now if key in before and before[key] != now[key]]
         words = {key: f"{key} {_short(before[key])} -> {_short(now[key])}" for key in differ}
+        if "model.optimizer" in words and not strict:  # what it has gathered is of no use to another one
+            raise InputError(
+                f"{folder} was trained with another optimizer ({words['model.optimizer']}): start from its weights instead, with "
+                "--model.weights and the model.pt that fisnet-cuda export writes"
+            )
         binding = [words[key] for key in differ if key not in FREE]
         if strict and binding:
             raise InputError(

@@ -25,9 +25,10 @@ from ..rules import RULES, Epsilon, Rule, presets
 from .backbone import build_backbone, load_weights, one_line
 from .scores import HEATMAP_TERMS, Mean, Scores
 
-__all__ = ["SCHEDULES", "VARIANTS", "ISNetModule"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "VARIANTS", "ISNetModule"]
 
 VARIANTS = ("stochastic", "selective", "dual", "original", "standard")
+OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("none", "cosine", "step", "plateau")
 STATE = "isnet"  # the checkpoint's entry for what is neither a weight nor a setting
 # What randomness is for: draws of one kind never depend on how many another kind made.
@@ -72,9 +73,10 @@ class ISNetModule(pl.LightningModule):
         d_loss: decay of the GWRP over layers, with ``supervise``.
         tune_epochs: so many epochs train the classifier alone, then C1 and C2 are set from its heatmaps (`TuneC1C2`).
         tune_batches: how many batches that uses, spread over the training split; None: all.
-        lr: learning rate of SGD.
-        momentum: of SGD.
-        weight_decay: of SGD.
+        optimizer: "sgd", as in the papers, "adam" or "adamw" (these want a smaller ``lr``, such as 1e-3).
+        lr: learning rate.
+        momentum: of SGD; Adam's and AdamW's beta_1.
+        weight_decay: of the optimizer.
         schedule: of the learning rate: "none"; "cosine" to 0 at the last step; "step", a tenth of it from the middle of the steps
             on and a hundredth from three quarters on; "plateau", a tenth of it each time that val/loss has not fallen for 10 epochs.
         warmup_steps: the learning rate rises linearly to ``lr`` over so many optimizer steps.
@@ -126,6 +128,7 @@ class ISNetModule(pl.LightningModule):
         d_loss: float = 0.8,
         tune_epochs: int = 0,
         tune_batches: int | None = None,
+        optimizer: str = "sgd",
         lr: float = 0.01,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
@@ -172,7 +175,7 @@ class ISNetModule(pl.LightningModule):
     # ---- construction ------------------------------------------------------------------------------------------------
 
     def _check(self, settings: Mapping[str, Any]) -> None:
-        for name, allowed in (("variant", VARIANTS), ("schedule", SCHEDULES)):
+        for name, allowed in (("variant", VARIANTS), ("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if settings[name] not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, got {settings[name]!r}")
         for name, low, high in (
@@ -507,7 +510,7 @@ class ISNetModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         h = self.hparams
-        optimizer = torch.optim.SGD(self.parameters(), lr=h["lr"], momentum=h["momentum"], weight_decay=h["weight_decay"])
+        optimizer = self._optimizer()
         warmup, schedule = h["warmup_steps"], h["schedule"]
         if schedule == "plateau":
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=10)
@@ -536,6 +539,14 @@ class ISNetModule(pl.LightningModule):
             return 1.0
 
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"}]
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        h = self.hparams
+        common = {"lr": h["lr"], "weight_decay": h["weight_decay"]}
+        if h["optimizer"] == "sgd":
+            return torch.optim.SGD(self.parameters(), momentum=h["momentum"], **common)
+        kind = torch.optim.Adam if h["optimizer"] == "adam" else torch.optim.AdamW
+        return kind(self.parameters(), betas=(h["momentum"], 0.999), **common)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if metric is not None and self.tuning:

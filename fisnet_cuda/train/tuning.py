@@ -62,7 +62,8 @@ class TuneC1C2(pl.Callback):
         where = f"{used} of {len(loader)} batches" if used < len(loader) else f"all {used} batches"
         for layer in c1:
             values = ", ".join(f"C1 = {low:.4g}, C2 = {high:.4g}" for low, high in zip(c1[layer].tolist(), c2[layer].tolist()))
-            trainer.print(f"tuned after {trainer.current_epoch} epochs on {where} of the training split: {layer}: {values}")
+            epochs = f"{trainer.current_epoch} epoch{'s' * (trainer.current_epoch > 1)}"
+            trainer.print(f"tuned after {epochs} on {where} of the training split: {layer}: {values}")
 
 
 def chosen(batches: int, wanted: int | None) -> tuple[int, set[int]]:

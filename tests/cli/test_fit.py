@@ -153,6 +153,7 @@ def test_checkpoints_of_something_else(arguments, tmp_path, capsys):
 def test_another_network_s_checkpoint(trained, arguments, tmp_path, capsys):
     argv = ["fit", *arguments, "--epochs", "3", "--resume", str(trained), "--run", str(tmp_path / "a")]
     assert "another network" in one_error(capsys, [*argv, "--backbone", "resnet18"])
+    assert "another optimizer (model.optimizer sgd -> adamw): start from" in one_error(capsys, [*argv, "--model.optimizer", "adamw"])
     assert not (tmp_path / "a").exists()
 
 

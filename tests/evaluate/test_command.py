@@ -69,6 +69,17 @@ def test_two_runs_beside_each_other_on_further_sets(runs, tmp_path, capsys):
     assert "| external" in (out / "evaluation.md").read_text()
 
 
+def test_columns_of_a_further_set_may_be_called_otherwise(runs, tmp_path):
+    table = small_run.make.table(tmp_path / "other", 12, 40, seed=9)
+    table.write_text(table.read_text().replace("image,mask,label", "file,lung,finding"))
+    given = f"external={table},columns.image=file,columns.mask=lung,columns.label=finding"
+    out = tmp_path / "out"
+    arguments = ["--split", "none", "--set", given, "--out", str(out), "--no-faithfulness"]
+    assert main(["evaluate", str(runs / "isnet"), *arguments, *QUICK]) == 0
+    subset = json.loads((out / "evaluation.json").read_text())["runs"][0]["subsets"]["external"]
+    assert subset["classification"]["n"] == subset["attention"]["n"] == 12
+
+
 def test_training_images_in_a_test_set_are_told(runs, tmp_path):
     shutil.copytree(runs / "images/biased", tmp_path / "copies/disc")  # some were trained on, by other names
     (tmp_path / "copies/square").mkdir()
@@ -100,6 +111,7 @@ def test_a_part_of_the_images_is_said_to_be_one(runs, tmp_path):
         (["RUN", "--set", "external"], "NAME=PATH"),
         (["RUN", "--set", "external=nowhere"], "nowhere"),
         (["RUN", "--set", "external=x,colour=red"], "no option 'colour'"),
+        (["RUN", "--set", "external=FOLDER,columns.picture=x"], "columns has no 'picture'"),
         (["RUN", "--set", "a=x", "--set", "a=y"], "given twice"),
         (["RUN", "--split", "none"], "nothing to evaluate"),
         (["RUN", "--bootstrap", "3"], "--bootstrap must be at least 100"),
@@ -111,6 +123,7 @@ def test_a_part_of_the_images_is_said_to_be_one(runs, tmp_path):
 def test_mistakes_end_in_one_line(runs, tmp_path, capsys, arguments, words):
     (tmp_path / "file").write_text("")
     real = {"RUN": str(runs / "standard"), "FILE": str(tmp_path / "file")}
+    arguments = [a.replace("FOLDER", str(runs / "images")) for a in arguments]
     assert main(["evaluate", *(real.get(a, a) for a in arguments)]) == 2
     out, err = capsys.readouterr()
     line = [line for line in err.splitlines() if "fisnet-cuda evaluate:" in line]

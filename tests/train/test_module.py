@@ -342,6 +342,17 @@ def test_plateau_does_not_look_at_the_tuning_epochs():
     assert plateau.best == pytest.approx(float(trainer.callback_metrics["val/loss"]))
 
 
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_optimizers(name, kind):
+    trainer = fit(module(optimizer=name, lr=1e-3, momentum=0.8, weight_decay=0.02), max_epochs=1)
+    (optimizer,) = trainer.optimizers
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.02)
+    assert group.get("momentum", group.get("betas", (None,))[0] if name != "sgd" else None) == 0.8
+    assert optimizer.state  # it has stepped
+
+
 def test_schedules_without_an_end():
     with pytest.raises(InputError, match="schedule 'cosine' needs to know when training ends"):
         fit(module(schedule="cosine"), max_epochs=-1, limit_train_batches=1)
@@ -416,6 +427,7 @@ def test_two_processes_agree_and_count_each_sample_once(tmp_path):
     [
         ({"variant": "fast"}, "variant must be one of stochastic, selective, dual, original, standard, got 'fast'"),
         ({"schedule": "linear"}, "schedule must be one of"),
+        ({"optimizer": "adamax"}, "optimizer must be one of sgd, adam, adamw, got 'adamax'"),
         ({"P": 1.5}, r"P must be in \[0, 1\], got 1.5"),
         ({"P": {1: 0.5}}, "P must say what holds from epoch 0 on"),
         ({"d": 2}, "d must be in"),

@@ -115,7 +115,7 @@ def test_dual_has_a_range_for_each_map(capsys):
     model = fit(module(variant="dual", supervise=["2"]), max_epochs=2).lightning_module
     assert {layer: len(values) for layer, values in model.tuned["c1"].items()} == {"input": 2, "2": 2}
     said = capsys.readouterr().out
-    assert said.count("tuned after 1 epochs on all 4 batches of the training split") == 2
+    assert said.count("tuned after 1 epoch on all 4 batches of the training split") == 2
     assert f"C1 = {model.tuned['c1']['input'][1]:.4g}, C2 = {model.tuned['c2']['input'][1]:.4g}" in said
 
 
