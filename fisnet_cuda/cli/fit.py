@@ -486,6 +486,8 @@ def _check_precision(precision: str, accelerator: Any) -> None:
     gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
     if precision == "16-mixed" and not gpu:
         raise InputError("--precision 16-mixed needs a GPU, and this run is on the CPU: use bf16-mixed or 32")
+    if precision == "tf32" and not gpu:
+        say("precision tf32 has no effect on a CPU: products are those of float32")
 
 
 def _set_precision(precision: str) -> None:

@@ -203,7 +203,7 @@ def test_torch_is_left_as_it_was(arguments, tmp_path):
 
 
 @pytest.mark.parametrize(("precision", "tf32"), [("32", False), ("tf32", True)])
-def test_precision_sets_tf32(precision, tf32, arguments, tmp_path, monkeypatch):
+def test_precision_sets_tf32(precision, tf32, arguments, tmp_path, monkeypatch, capsys):
     from fisnet_cuda.train.module import ISNetModule
 
     seen = []
@@ -215,6 +215,7 @@ def test_precision_sets_tf32(precision, tf32, arguments, tmp_path, monkeypatch):
     )
     main(["fit", *arguments, "--epochs", "1", "--run", str(tmp_path / "a"), "--precision", precision])
     assert seen == [(tf32, tf32)]
+    assert ("has no effect on a CPU" in capsys.readouterr().out) == (tf32 and not torch.cuda.is_available())
 
 
 def test_interrupt_says_how_to_go_on(arguments, tmp_path):
