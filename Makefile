@@ -37,7 +37,7 @@ PIP = $(PY) -m pip --disable-pip-version-check --no-input
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    train three small nets on marked digits, measure, draw two figures (under five minutes)"
+	@echo "make demo    train three small nets on marked digits, measure, draw two figures (two to five minutes)"
 	@echo "make test    run the whole test suite, doctests included"
 	@echo "make bench   run all benchmarks"
 	@echo "make build   build the CUDA kernels in place where there is a CUDA toolkit; test and bench do it themselves"
