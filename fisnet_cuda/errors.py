@@ -5,7 +5,7 @@ Wrong arguments raise `TypeError` or `ValueError` and name the argument, what it
 
 from __future__ import annotations
 
-__all__ = ["FisnetWarning", "InputError", "UnsupportedModelError"]
+__all__ = ["FisnetWarning", "InputError", "UnsupportedModelError", "one_line"]
 
 
 class FisnetWarning(UserWarning):
@@ -40,3 +40,13 @@ class InputError(ValueError):
         ...
         fisnet_cuda.errors.InputError: x.csv has no column 'image': name one with image_column=
     """
+
+
+def one_line(message: object) -> str:
+    """A message without line breaks; of an error that says nothing, its type.
+
+    Example:
+        >>> one_line("a  b\\n   c"), one_line(KeyboardInterrupt())
+        ('a b c', 'KeyboardInterrupt')
+    """
+    return " ".join(str(message).split()) or (type(message).__name__ if isinstance(message, BaseException) else "")

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import NoReturn
 
+from .. import errors
 from ..errors import InputError, UnsupportedModelError
 
 __all__ = ["Parser", "nearest", "one_line", "rank", "report"]
@@ -67,7 +68,7 @@ def one_line(text: object, limit: int = 600) -> str:
         >>> one_line("a  b\\n   c")
         'a b c'
     """
-    line = " ".join(str(text).split())
+    line = errors.one_line(text)
     return line if len(line) <= limit else f"{line[: limit // 2]} ... {line[-limit // 2 :]}"
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.spec import InputSpec
-from ..errors import FisnetWarning, InputError
+from ..errors import FisnetWarning, InputError, one_line
 
 __all__ = ["build_backbone", "load_weights"]
 
@@ -92,11 +92,6 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         warnings.warn(f"weights {path} are for {len(state[other[0]])} classes: the last layer ({head[0]}) starts anew", FisnetWarning,
                       stacklevel=2)  # fmt: skip
     model.load_state_dict({key: value for key, value in state.items() if key not in other}, strict=False)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message as one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _callable(path: str) -> Callable[..., Any]:

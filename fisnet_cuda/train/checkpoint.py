@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FisnetWarning, InputError
-from .backbone import one_line
+from ..errors import FisnetWarning, InputError, one_line
 from .module import STATE, ISNetModule
 
 __all__ = ["checkpoint_path", "load_run", "run_config"]

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.spec import InputSpec
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..isnet.loss import ISNetLoss, LossParts
 from ..isnet.module import ISNet, ISNetOutput
 from ..rules import RULES, Epsilon, Rule, presets
-from .backbone import build_backbone, load_weights, one_line
+from .backbone import build_backbone, load_weights
 from .scores import HEATMAP_TERMS, Mean, Scores
 
 __all__ = ["OPTIMIZERS", "SCHEDULES", "VARIANTS", "ISNetModule"]

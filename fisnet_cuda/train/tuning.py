@@ -10,9 +10,8 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..isnet.tuning import tune_c1_c2
-from .backbone import one_line
 
 if TYPE_CHECKING:
     from .module import ISNetModule
