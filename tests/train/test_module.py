@@ -425,7 +425,7 @@ def test_two_processes_agree_and_count_each_sample_once(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"variant": "fast"}, "variant must be one of stochastic, selective, dual, original, standard, got 'fast'"),
+        ({"variant": "fast"}, "variant must be one of stochastic, selective, dual, original, contrast, standard, got 'fast'"),
         ({"schedule": "linear"}, "schedule must be one of"),
         ({"optimizer": "adamax"}, "optimizer must be one of sgd, adam, adamw, got 'adamax'"),
         ({"P": 1.5}, r"P must be in \[0, 1\], got 1.5"),
