@@ -1,7 +1,8 @@
 """How does the time of a training step grow with the number of classes?
 
-Selective, Stochastic, Contrast (this project's own) and Dual make one or two heatmaps a sample: their step may grow as a plain step does, whose
-last layer grows, and no more. Original makes a heatmap for every class: its time must grow linearly, not faster.
+Selective, Stochastic, Contrast (this project's own) and Dual make one or two heatmaps a sample: their step may grow
+as a plain step does, whose last layer grows, and no more. Original makes a heatmap for every class: its time must
+grow linearly, not faster.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ KIND_COLOURS = {
     "original": VERMILION,
     "selective": ORANGE,
     "stochastic": BLUE,
-    "contrast": SKY,
+    "contrast": PURPLE,
     "dual": GREEN,
 }
 KIND_TEXTS = {

@@ -56,9 +56,9 @@ class ISNet(nn.Module):
     "contrast"      1    a random contrast of the logits, ``v . logits``, drawn for each sample: ours, in neither paper
     ==============  ===  ==============================================================================================
 
-    Contrast: ``v`` is uniform among the unit vectors with zero sum, all that softmax depends on. Its map is ``sum_c v_c R_c`` over
-    the maps of the classes and its square an unbiased estimate of their mean squared deviation from the mean map, ``sum_c (R_c - mean R)^2
-    / (C - 1)``: one map a step speaks for all classes, where Stochastic sees one of them. See `variants.draw_contrast`.
+    Contrast: ``v`` is uniform among the unit vectors with zero sum, all that softmax depends on. Its map is ``sum_c v_c R_c``
+    over the maps of the classes, and the square of it an unbiased estimate of ``sum_c (R_c - mean R)^2 / (C - 1)``: one map a
+    step speaks for all classes, where Stochastic sees one of them. See `variants.draw_contrast`.
 
     Args:
         model: a classifier ``[N, C_in, ...] -> logits [N, C]`` of supported layers (``fisnet_cuda.supported()``).

@@ -42,8 +42,9 @@ class ISNetModule(pl.LightningModule):
     ``has_mask`` bool ``[N]``, ``label`` int64 ``[N]`` (-1: not known; such samples train the heatmap only) and ``index`` int64 ``[N]``.
 
     Logits and heatmaps are computed by ``self.net`` inside `training_step`, so DDP, autocast, GradScaler and ``torch.compile`` see an
-    ordinary forward. Every random draw of a step (augmentation, dropout, Stochastic's class, Contrast's weights) is a function of the seed,
-    the epoch, the batch's number in it and the process's rank: training goes on bit by bit the same wherever it was stopped and resumed.
+    ordinary forward. Every random draw of a step (augmentation, dropout, Stochastic's class, Contrast's weights) is a function of
+    the seed, the epoch, the batch's number in it and the process's rank: training goes on bit by bit the same wherever it was stopped
+    and resumed.
 
     In a checkpoint the model's own ``state_dict`` is found under "net."; settings are plain numbers, texts, lists and dicts.
 
