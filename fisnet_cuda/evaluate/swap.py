@@ -94,7 +94,8 @@ def _pull_push(v: Tensor, w: Tensor) -> Tensor:
     # the divisor of the boxes that hang over the edge cancels
     weight = F.avg_pool2d(w, 2, ceil_mode=True)
     mean = F.avg_pool2d(v * w, 2, ceil_mode=True) / weight.clamp(min=torch.finfo(v.dtype).tiny)
-    coarse = F.interpolate(_pull_push(mean, weight), size=v.shape[-2:], mode="bilinear", align_corners=False)
+    # a box half of which is known counts whole: what is near prevails over the far (Gortler's saturation)
+    coarse = F.interpolate(_pull_push(mean, (2 * weight).clamp(max=1)), size=v.shape[-2:], mode="bilinear", align_corners=False)
     return torch.where(w > 0, w * v + (1 - w) * coarse, coarse)
 
 
