@@ -10,7 +10,7 @@ from torch import nn
 import fisnet_cuda as fc
 from fisnet_cuda.data.spec import InputSpec
 from fisnet_cuda.errors import InputError
-from fisnet_cuda.evaluate import Options, evaluate
+from fisnet_cuda.evaluate import Options, background_swap, evaluate
 from fisnet_cuda.evaluate.attention import background_share
 from fisnet_cuda.evaluate.collect import collect
 
@@ -92,11 +92,30 @@ def test_samples_for_insertion_hang_on_the_seed():
     assert len(collect(one.net, batches(), 2, keep=99).kept) == 14
 
 
+def test_backgrounds_are_swapped_as_by_hand_whatever_the_batches():
+    one = module()
+    one.net.eval()
+    (everything,) = batches(14)
+    want = background_swap(one.net, everything["image"], everything["mask"], everything["label"], has_mask=everything["has_mask"])
+    for size in (3, 14):
+        evaluation = evaluate(one, {"test": batches(size)}, bootstrap=100, faithful=Options(samples=2, steps=4, batch_size=size))
+        found = evaluation.runs[0].subsets["test"].swap
+        assert found.n == want.n == 11
+        assert (found.plain, found.same, found.other) == (want.plain, want.same, want.other)
+        assert found.shift == pytest.approx(want.shift, abs=1e-5)
+    drawn = collect(one.net, batches(4), 2, keep_masked=5).masked
+    assert len(drawn) == 5
+    assert drawn.keys() == collect(one.net, batches(3), 2, keep_masked=5).masked.keys()
+    assert all(torch.equal(x, everything["image"][i]) and torch.equal(M, everything["mask"][i]) for i, (x, M) in drawn.items())
+    assert not {3, 5, 7} & drawn.keys()
+
+
 def test_without_masks_and_without_labels():
     plain = [{key: value for key, value in batch.items() if "mask" not in key} for batch in batches()]
     subset = evaluate(module(), {"test": plain}, bootstrap=100, faithful=Options(samples=0)).runs[0].subsets["test"]
     assert subset.attention is None
     assert subset.insertion is None
+    assert subset.swap is None
     unlabelled = [{**batch, "label": torch.full_like(batch["label"], -1)} for batch in batches()]
     whole = evaluate(module(), {"test": unlabelled}, bootstrap=100, faithful=FEW)
     subset = whole.runs[0].subsets["test"]
@@ -112,6 +131,7 @@ def test_without_masks_and_without_labels():
         ({}, {}, "there is no subset"),
         ({"test": batches()}, {"bootstrap": 10}, "at least 100"),
         ({"test": batches()}, {"tolerance": -1}, "tolerance"),
+        ({"test": batches()}, {"swap_images": -1}, "swap_images"),
     ],
 )
 def test_what_cannot_be_evaluated(loaders, options, words):
