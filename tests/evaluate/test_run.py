@@ -155,3 +155,33 @@ def test_progress_goes_to_standard_error(capsys):
     assert out == ""
     assert "14 images" in err
     assert "insertion and deletion" in err
+
+
+def test_a_shortcut_that_hides_below_epsilon_is_found_by_the_swap_alone():
+    """The mark outweighs the object three to one, by an activation of 1e-5: the heatmap shows nothing of it."""
+    n, labels = 120, torch.arange(120) % 2
+    x, M = torch.zeros(n, 1, 8, 8), torch.zeros(n, 1, 8, 8)
+    M[:, :, 2:6, 2:6] = 1
+    x[torch.arange(n), 0, 3, 3 + labels] = x[torch.arange(n), 0, 7, labels] = 1
+    data = {"image": x, "label": labels, "mask": M, "has_mask": torch.ones(n, dtype=torch.bool), "index": torch.arange(n)}
+    first, last = nn.Linear(64, 4, bias=False), nn.Linear(4, 2, bias=False)
+    with torch.no_grad():
+        first.weight.zero_(), last.weight.zero_()
+        for c in range(2):
+            first.weight[c, 3 * 8 + 3 + c], first.weight[2 + c, 7 * 8 + c] = 1, 1e-5
+            last.weight[c, c], last.weight[c, 2 + c] = 1, 3e5
+    model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), last)
+
+    def measured(eps):
+        net = fc.ISNet(model, variant="selective", first_layer="epsilon", eps=eps)
+        whole = evaluate(SimpleNamespace(net=net, spec=SPEC), {"test": [data]}, bootstrap=100, faithful=Options(samples=0))
+        return whole.runs[0].subsets["test"], whole.verdicts()[0]
+
+    subset, said = measured(fc.rules.Epsilon(0.01))
+    assert subset.attention.share.value < 0.01
+    assert (subset.swap.plain.value, subset.swap.same.value, subset.swap.other.value) == (1, 1, 0)
+    assert "the classifier uses the background" in said
+    assert "The heatmap is quiet (0.3 % of its relevance in the background) but the classifier is not clean" in said
+    subset, said = measured(fc.rules.Epsilon(1e-4, relative=True))
+    assert subset.attention.share.value > 0.2
+    assert "quiet" not in said
