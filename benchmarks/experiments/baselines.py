@@ -115,7 +115,7 @@ class UNet(nn.Module):
     Args:
         channels: of the images.
         size: their height and width: they set the depth (1 to 4 poolings; 2 at 56 pixels, 3 at 96).
-        width: of the first level; by default 8 up to 64 pixels, else 16.
+        width: of the first level; by default 8 up to 128 pixels, else 16.
 
     Example:
         >>> UNet(1, (56, 56)).eval()(torch.rand(2, 1, 56, 56)).shape
@@ -125,7 +125,7 @@ class UNet(nn.Module):
     def __init__(self, channels: int, size: tuple[int, int], width: int | None = None) -> None:
         super().__init__()
         depth = min(max(int(math.log2(max(min(size), 12) / 12)), 1), 4)
-        width = width or (8 if max(size) <= 64 else 16)
+        width = width or (8 if max(size) <= 128 else 16)
         widths = [width * 2**level for level in range(depth + 1)]
         self.down = nn.ModuleList(self._level(c_in, c_out) for c_in, c_out in zip([channels, *widths], widths))
         self.up = nn.ModuleList(self._level(2 * w + w, w) for w in reversed(widths[:-1]))
