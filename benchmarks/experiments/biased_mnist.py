@@ -179,6 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         "system": title,
         **{marks: lambda g, m=marks: mean_spread(g, f"accuracy_{m}") for marks in MARKS},
         "background share": lambda g: mean_spread(g, "share"),
+        "swap gap": lambda g: mean_spread(g, "swap_gap"),
     }
     body = table(columns, list(by(rows, "system", "deep").values()))
     command = "python -m benchmarks.experiments.biased_mnist --data mnist.npz" + {"small": ""}.get(run.scale, f" --{run.scale}")

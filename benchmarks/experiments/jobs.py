@@ -85,7 +85,7 @@ def run_jobs(
     Args:
         path: the CSV file. Jobs whose columns it holds already are not run again; rows of other jobs stay.
         jobs: dicts of plain values: what is to be done. Their keys are the first columns.
-        run: a module-level function: (job, given) -> the columns to add (or several rows of them), none of the job's own.
+        run: a module-level function: (job, given) -> the columns to add (or several rows of them).
         given: what ``run`` needs beside the job and no result hangs on: where the data lie, the device.
         processes: how many at once; by default as many as there are cores for ``threads`` each.
         threads: of PyTorch in each.
@@ -94,10 +94,6 @@ def run_jobs(
 
     Returns:
         The rows that belong to ``jobs``, in their order, older ones included.
-
-    Raises:
-        ValueError: a result has a column of the job with another value: the row would not be found again.
-        RuntimeError: jobs failed in their processes; the others were done.
     """
     names = list(dict.fromkeys(name for job in jobs for name in job))
     rows = read_rows(path)
@@ -107,10 +103,10 @@ def run_jobs(
     begin, failed = time.perf_counter(), []
 
     def keep(job: Row, results: Row | list[Row]) -> None:
-        new = results if isinstance(results, list) else [results]
-        if lost := sorted({key for result in new for key in result if key in job and result[key] != job[key]}):
-            raise ValueError(f"results would overwrite what the job is: {', '.join(lost)}; name these columns otherwise")
-        rows.extend({**job, **result, **facts} for result in new)
+        for result in results if isinstance(results, list) else [results]:
+            if both := set(job) & set(result):
+                raise ValueError(f"columns of the job and of its result have the same names: {', '.join(sorted(both))}")
+            rows.append({**job, **result, **facts})
         write_rows(path, rows)
 
     def say(done: int, job: Row, text: str) -> None:
@@ -134,11 +130,11 @@ def run_jobs(
                 job = pending[future]
                 try:
                     results = future.result()
-                    keep(job, results)
                 except Exception as error:  # the other jobs go on; told at the end
                     failed.append((job, error))
                     say(done, job, f"failed: {type(error).__name__}: {error}")
                     continue
+                keep(job, results)
                 say(done, job, _short(results))
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(jobs)} jobs failed, the first one, {failed[0][0]}") from failed[0][1]
