@@ -18,8 +18,8 @@ from .systems import Setting, as_row
 from .tables import by, mean_spread, table
 
 SEED = 100
-NAMES = {"rrr": "strength", "gradcam": "strength", "stochastic": "P"}
-VALUES = {"rrr": (0.01, 0.1, 1, 10), "gradcam": (0.1, 1, 10, 100), "stochastic": (0.5, 0.7, 0.9, 0.97)}
+NAMES = {"rrr": "strength", "gradcam": "strength", "hirescam": "strength", "stochastic": "P"}
+VALUES = {"rrr": (0.01, 0.1, 1, 10), "gradcam": (0.1, 1, 10, 100), "hirescam": (0.1, 1, 10, 100), "stochastic": (0.5, 0.7, 0.9, 0.97)}
 
 
 def one(job: Row, given: Row) -> Row:
