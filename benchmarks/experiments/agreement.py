@@ -230,7 +230,7 @@ def _accuracies(system: System, task: Task) -> Row:
 
 def settings(run: Run) -> list[Row]:
     """A job a seed."""
-    steps, epochs, draws, images = run.pick((6, 2, 2, 8), (680, 8, 8, 128), (9_600, 32, 16, 512))
+    steps, epochs, draws, images = run.pick((4, 1, 2, 8), (680, 8, 8, 128), (9_600, 32, 16, 512))
     base = {"net": "convnet", "steps": steps, "epochs": epochs, "batch": 32, "lr": 0.08, "eps": 1e-4, "relative": True}
     # the second Original costs as much as all the others together: one is enough, where time is short
     twins = run.pick(1, 1, run.seeds)
@@ -332,8 +332,8 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     maps = {name.format(draws): style for name, style in MAPS.items()}
     a = [row for row in rows if row["question"] == "same weights" and row["reference"] == "mean"]
     b = [row for row in rows if row["question"] == "different nets"]
-    figure = Figure(figsize=(14, 10.5), layout="constrained")
-    grid = figure.subplots(4, 4, height_ratios=(1, 1, 1, 0.62))
+    figure = Figure(figsize=(14, 9.8), layout="constrained")
+    grid = figure.subplots(4, 4, height_ratios=(1, 1, 1, 0.38))
     for column, name in enumerate(WATCHED):
         part = [row for row in a if row["net_trained"] == name]
         for ax, measure in zip(grid[:3, column], ("spearman", "top5", "loss_ratio")):
@@ -355,9 +355,15 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     for ax in grid[1]:
         ax.set_ylim(0, 102)
         ax.axhline(5, color="black", lw=0.8, ls=(0, (2, 3)))
-    low, high = (f(ax.get_ylim()[i] for ax in grid[2, :3]) for i, f in ((0, min), (1, max)))
-    for ax in grid[2, :3]:
+    low, high = (f(ax.get_ylim()[i] for ax in grid[2, : len(WATCHED)]) for i, f in ((0, min), (1, max)))
+    steps = (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)
+    ticks = [m * 10.0**e for e in range(-6, 4) for m in steps if low <= m * 10.0**e <= high]
+    for ax in grid[2, : len(WATCHED)]:
+        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
         ax.set_ylim(low, high)
+    for ax in grid[:3, 1:3].flat:
+        ax.tick_params(labelleft=False)
     grid[2, 3].set_ylim(-2, 102)
     spec = grid[0, 0].get_gridspec()
     for ax in grid[3]:

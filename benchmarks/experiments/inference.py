@@ -59,7 +59,7 @@ def verdict(ratio: Spread) -> str:
         >>> verdict(Spread(0.98, 1.01, 1.05)), verdict(Spread(1.05, 1.10, 1.20)), verdict(Spread(0.90, 1.10, 1.20))
         ('PASS', 'FAIL', '----')
     """
-    if abs(ratio.p50 - 1) <= TOLERANCE:
+    if abs(ratio.p50 - 1) <= TOLERANCE + 1e-9:
         return "PASS"
     return NOT_JUDGED if ratio.p20 <= 1 <= ratio.p80 else "FAIL"
 

@@ -66,17 +66,18 @@ class Grid:
 
 def _values(name: str, numbers: Sequence[float], **more: Any) -> dict[str, dict[str, Any]]:
     own = getattr(Setting("stochastic"), name)
-    return {f"{v:g}": {} if v == own and not more else {name: v, **more} for v in numbers}
+    texts = [f"{v:.0e}".replace("e-0", "e-") if name == "eps" else f"{v:g}" for v in numbers]
+    return {text: {} if v == own and not more else {name: v, **more} for text, v in zip(texts, numbers)}
 
 
 GRIDS = {
     "eps": Grid(
         "epsilon, relative", _values("eps", (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)),
-        {"stochastic": ("1e-06", "0.001", "0.01", "0.1"), "selective": ("0.001", "0.01", "0.1")},
+        {"stochastic": ("1e-6", "1e-3", "1e-2", "1e-1"), "selective": ("1e-3", "1e-2", "1e-1")},
     ),
     "eps_absolute": Grid(
         "epsilon, absolute", _values("eps", (1e-5, 1e-3, 1e-2, 1e-1), relative=False),
-        {"stochastic": ("0.01",), "selective": ("0.01",)},
+        {"stochastic": ("1e-2",), "selective": ("1e-2",)},
     ),
     "d": Grid(
         "d", _values("d", (0.5, 0.9, 0.99, 0.996, 1.0)),
@@ -142,7 +143,7 @@ def one(job: Row, given: Row) -> Row:
     sizes = {"quick": (600, 60), "small": (20_000, 2_000), "full": (58_000, 10_000)}[given["scale"]]
     task = load(given["data"], *sizes).to(given["device"])
     fitted = fit(Setting(**job), task)
-    return {**measure(fitted.system, task), "steps_done": fitted.steps, "seconds": fitted.seconds, "diverged": fitted.diverged}
+    return {**measure(fitted.system, task), "steps_done": fitted.steps, "train_seconds": fitted.seconds, "diverged": fitted.diverged}
 
 
 # ---- the safe range --------------------------------------------------------------------------------------------------
@@ -266,6 +267,7 @@ def lines(found: Sequence[Result]) -> list[str]:
         **{name.removeprefix("accuracy_"): lambda g, n=name: mean_spread(g[0][0].rows[g[0][1]], n) for name in STYLES},
         "background share": lambda g: mean_spread(g[0][0].rows[g[0][1]], "share"),
         "by its own epsilon": lambda g: mean_spread(g[0][0].rows[g[0][1]], "share_own"),
+        "background swap, gap": lambda g: mean_spread(g[0][0].rows[g[0][1]], "swap_gap"),
         "safe": lambda g: "yes" if g[0][1] in g[0][0].safe else "no",
     }  # fmt: skip
     return [*body, "", "Every value:", "", *table(every, [[cell] for cell in cells])]
@@ -282,10 +284,10 @@ def _panel(ax: Axes, result: Result) -> None:
         shift = 0.14 * (j - 1)  # lines that lie on one another are seen
         points = [(i + shift, values(result.rows[text], column)) for i, text in enumerate(texts)]
         points = [(x, found) for x, found in points if found]
-        line = "-" if result.grid.ordered else ""
-        ax.plot([x for x, _ in points], [fmean(v) for _, v in points], line, color=colour, lw=1.5)
+        line = "-" if result.grid.ordered else "none"
+        ax.plot([x for x, _ in points], [fmean(v) for _, v in points], linestyle=line, color=colour, lw=1.5)
         ax.plot([x for x, v in points for _ in v], [y for _, v in points for y in v], marker, color=colour, ms=4.2, alpha=0.75, mew=0)
-    ax.set_xticks(range(len(texts)), texts, fontsize=8, rotation=30 if max(map(len, texts)) > 4 else 0)
+    ax.set_xticks(range(len(texts)), texts, fontsize=8, rotation=20 if max(map(len, texts)) > 5 else 0)
     ax.set_xlim(-0.5, len(texts) - 0.5)
     ax.grid(axis="y", color="#E2E2E2", lw=0.7)
     ax.set_axisbelow(True)
@@ -297,7 +299,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     found = results(rows)
     systems = list(dict.fromkeys(result.system for result in found))
     grids = list(dict.fromkeys(result.grid.title for result in found))
-    widths = [max(len(r.rows) for r in found if r.grid.title == title) + 0.8 for title in grids]
+    widths = [max(2.6, max(len(r.rows) for r in found if r.grid.title == title) + 0.8) for title in grids]
     figure = Figure(figsize=(1.2 + 0.44 * sum(widths) + 0.3 * len(grids), 1.4 + 2.3 * len(systems)), layout="constrained")
     axes = figure.subplots(len(systems), len(grids), squeeze=False, sharey=True, width_ratios=widths)
     for i, system in enumerate(systems):
