@@ -267,7 +267,7 @@ def lines(found: Sequence[Result]) -> list[str]:
         **{name.removeprefix("accuracy_"): lambda g, n=name: mean_spread(g[0][0].rows[g[0][1]], n) for name in STYLES},
         "background share": lambda g: mean_spread(g[0][0].rows[g[0][1]], "share"),
         "by its own epsilon": lambda g: mean_spread(g[0][0].rows[g[0][1]], "share_own"),
-        "background swap, gap": lambda g: mean_spread(g[0][0].rows[g[0][1]], "swap_gap"),
+        "swap gap": lambda g: mean_spread(g[0][0].rows[g[0][1]], "swap_gap"),
         "safe": lambda g: "yes" if g[0][1] in g[0][0].safe else "no",
     }  # fmt: skip
     return [*body, "", "Every value:", "", *table(every, [[cell] for cell in cells])]
