@@ -8,7 +8,7 @@ pytest.importorskip("lightning")
 
 from benchmarks.common import NOT_JUDGED, Spread
 from benchmarks.experiments import inference
-from benchmarks.experiments.inference import AGAIN, LOADED, ONNX, PLAIN, PROGRAM, WRAPPED, same_logits, verdict, verdicts
+from benchmarks.experiments.inference import AGAIN, CONTIGUOUS, LOADED, ONNX, PLAIN, PROGRAM, WRAPPED, same_logits, verdict, verdicts
 from benchmarks.experiments.jobs import read_rows
 
 
@@ -57,7 +57,7 @@ def test_quick(tmp_path, capsys):
     arguments = ["--quick", "--no-onnx", "--out", str(tmp_path)]
     assert inference.main(arguments) == 0
     found = {row["form"]: row for row in read_rows(tmp_path / "inference-quick.csv")}
-    assert list(found) == [PLAIN, WRAPPED, LOADED, AGAIN, PROGRAM]
+    assert list(found) == [PLAIN, WRAPPED, LOADED, AGAIN, CONTIGUOUS, PROGRAM]
     assert ONNX not in found
     assert found[PLAIN]["ratio_p20"] == found[PLAIN]["ratio_p80"] == 1
     assert all(found[name]["difference"] == 0 for name in (PLAIN, WRAPPED, LOADED, AGAIN))
