@@ -194,7 +194,8 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 
 
 STYLES = {
-    AGAIN: (GREY, "o"), WRAPPED: (BLUE, "s"), LOADED: (GREEN, "D"), CONTIGUOUS: (GREY, "o"), PROGRAM: (ORANGE, "^"), ONNX: (ORANGE, "v"),
+    AGAIN: (GREY, "o"), WRAPPED: (BLUE, "s"), LOADED: (GREEN, "D"), CONTIGUOUS: (GREY, "o"), PROGRAM: (ORANGE, "^"),
+    ONNX: (ORANGE, "v"),
 }  # fmt: skip
 
 
