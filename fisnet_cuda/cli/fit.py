@@ -50,6 +50,7 @@ FREE = {
     "trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.min_epochs", "trainer.min_steps", "trainer.accelerator",
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.profiler", "trainer.enable_progress_bar",
     "trainer.log_every_n_steps", "data.workers", "data.cache", "data.cache_dir", "patience", "figures_every", "figures_images",
+    "swap_every", "swap_images",
     "checkpoint_every_steps", "checkpoint_every_minutes",
 }  # fmt: skip
 OPTIMIZER = ("model.lr", "model.momentum", "model.weight_decay")  # a checkpoint brings its own
