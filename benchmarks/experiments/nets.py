@@ -58,6 +58,21 @@ def poolnet(classes: int, channels: int, size: tuple[int, int], widths: tuple[in
     return nn.Sequential(layers)
 
 
+def resnet18_slim(classes: int, channels: int, size: tuple[int, int], widths: tuple[int, ...] = (16, 32, 64, 128)) -> nn.Module:
+    """ResNet-18 with a quarter of its channels: the same depth, skips and BatchNorms for about a sixteenth of the arithmetic."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["conv1"], layers["bn1"] = nn.Conv2d(channels, widths[0], 7, 2, 3, bias=False), nn.BatchNorm2d(widths[0])
+    layers["relu"], layers["maxpool"] = nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    c_in = widths[0]
+    for i, width in enumerate(widths, start=1):
+        stride = 1 if i == 1 else 2
+        skip = None if i == 1 else nn.Sequential(nn.Conv2d(c_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        layers[f"layer{i}"] = nn.Sequential(nets.BasicBlock(c_in, width, stride, skip), nets.BasicBlock(width, width, 1, None))
+        c_in = width
+    layers["avgpool"], layers["flatten"], layers["fc"] = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, classes)
+    return nn.Sequential(layers)
+
+
 Build = Callable[[int, int, tuple[int, int]], nn.Module]  # (classes, channels, (H, W)) -> the classifier
 
 # name -> how it is made, and the layers whose maps deep supervision looks at (semantics.md section 5)
@@ -67,6 +82,7 @@ NETS: dict[str, tuple[Build, tuple[str, ...]]] = {
     "poolnet": (poolnet, ("relu1", "relu2", "relu3", "relu4")),
     "small": (lambda classes, channels, size: nets.small(classes, channels), ("2", "6", "10")),
     "resnet18": (lambda classes, channels, size: nets.resnet18(classes, channels), ("layer1", "layer2", "layer3", "layer4")),
+    "resnet18_slim": (resnet18_slim, ("layer1", "layer2", "layer3", "layer4")),
     "densenet121": (
         lambda classes, channels, size: nets.densenet121(classes, channels),
         ("features.transition1.relu", "features.transition2.relu", "features.transition3.relu", "relu"),
