@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -72,15 +73,14 @@ SIGNALS = {
 class FineFirstLayer(ISNetSystem):
     """An ISNet whose z^B at the first layer has an epsilon of 1e-6: with a relative epsilon `fisnet_cuda.ISNet` keeps 0.01 there."""
 
-    variant = "selective"
     box_eps = 1e-6
 
     def __init__(self, setting: Setting, task: Task) -> None:
-        super().__init__(setting, task)
-        s = setting
+        s = replace(setting, system="selective")
+        super().__init__(s, task)
         rules = fc.rules.RuleMap(conv=s.epsilon, linear=s.epsilon, first=fc.rules.ZB(0, 1, self.box_eps))
         self.net = fc.ISNet(
-            self.model, self.variant, rules=rules, eta_eps=s.eta_eps, select=s.select, check="never",
+            self.model, s.system, rules=rules, eta_eps=s.eta_eps, select=s.select, check="never",
             generator=torch.Generator(task.train.images.device).manual_seed(s.seed),
         )  # fmt: skip
 
@@ -222,7 +222,7 @@ def watched(task: Task, images: int, val: int, maps_of: int) -> Callable[[System
 
 
 def one(job: Row, given: Row) -> list[Row]:
-    """Trains one net and measures it on its way: rows of kind "time", then rows of kind "layer"."""
+    """Trains one net and measures it on its way: rows of kind "layer", of its end, then rows of kind "time"."""
     s, scale = Setting(**job), given["scale"]
     sizes = {"quick": (600, 60), "small": (20_000, 1_000), "full": (58_000, 10_000)}[scale]
     task = load(given["data"], *sizes).to(given["device"])
@@ -241,8 +241,8 @@ def one(job: Row, given: Row) -> list[Row]:
     few = task.val[slice(0, maps_of // 2)].floats()
     without = hiding.occlude(few.images, few.masks)
     epsilon, box_eps = own_rules(fitted.system)
-    rows += [{"kind": "layer", **row} for row in hiding.layer_effects(fitted.system.model, few.images, without, epsilon, box_eps)]
-    return rows
+    layers = hiding.layer_effects(fitted.system.model, few.images, without, epsilon, box_eps)
+    return [*({"kind": "layer", **row} for row in layers), *rows]
 
 
 # ---- judging the signals ---------------------------------------------------------------------------------------------------
