@@ -233,11 +233,11 @@ def one(job: Row, given: Row) -> list[Row]:
     fitted = fit(s, task, watched(task, images, val, maps_of), every=math.ceil(s.steps / rows_wanted))
     left_out = ("stage", "train_seconds", "train_background", "train_foreground", "train_background_share")
     rows: list[Row] = [
-        {"kind": "time", **{k: v for k, v in row.items() if k not in left_out}, "seconds": fitted.seconds, "diverged": fitted.diverged}
+        {"kind": "time", **{k: v for k, v in row.items() if k not in left_out}, "train_seconds": fitted.seconds, "diverged": fitted.diverged}
         for row in fitted.history
     ]
     if fitted.diverged:
-        return [*rows, {"kind": "time", "diverged": True, "seconds": fitted.seconds}]
+        return [*rows, {"kind": "time", "diverged": True, "train_seconds": fitted.seconds}]
     few = task.val[slice(0, maps_of // 2)].floats()
     without = hiding.occlude(few.images, few.masks)
     epsilon, box_eps = own_rules(fitted.system)
