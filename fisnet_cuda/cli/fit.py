@@ -26,6 +26,7 @@ from ..data.module import MaskedImageData
 from ..data.split import drift, read_manifest
 from ..errors import InputError
 from ..files import make_folder, write_text
+from ..presets import PRESETS
 from ..train.callbacks import callbacks
 from ..train.module import ISNetModule
 from .console import Console, quiet, say, settings_kept
@@ -363,6 +364,8 @@ _DESCRIPTION = """Trains a classifier on images with masks, so that it does not 
 short names:
 """ + "\n".join(f"  {short:<14} {long}" for short, long in SHORT.items()) + """
   --amp          --precision bf16-mixed
+  --preset NAME  model settings that belong together (those behind it on the line prevail):
+""" + "\n".join(f"    {p.name:<8} {p.why}" for p in PRESETS.values()) + """
 
 every setting, with its default, stands below; --debug shows the traceback of an error
 """

@@ -18,7 +18,7 @@ from .faithfulness import CURVES, Options, curves
 from .metrics import classification
 from .report import Evaluation
 from .results import Insertion, RunResult, SubsetResult, attention, insertion
-from .swap import BackgroundSwap, background_swap
+from .swap import BackgroundSwap, mask_kinds, plan_swap, swap_sums
 
 __all__ = ["evaluate"]
 
@@ -153,11 +153,17 @@ def _swap(net: Any, found: Collected, batch_size: int, seed: int, device: torch.
     places = list(found.masked)
     if not places:
         return None
-    images, masks = (torch.stack(values) for values in zip(*found.masked.values()))
-    return background_swap(
-        net, images, masks, torch.as_tensor(found.labels[places]), seed=seed, batch_size=batch_size, device=device,
-        logits=torch.as_tensor(found.logits[places]),
-    )  # fmt: skip
+    pairs = list(found.masked.values())
+
+    def fetch(at: Tensor) -> tuple[Tensor, Tensor]:  # a batch at a time: stacked, all would be in memory twice
+        images, masks = zip(*(pairs[i] for i in at.tolist()))
+        return torch.stack(images), torch.stack(masks)
+
+    kinds = torch.cat([mask_kinds(fetch(at)[1]) for at in torch.arange(len(pairs)).split(batch_size)])
+    plan = plan_swap(torch.as_tensor(found.labels[places]), kinds, seed)
+    logits = torch.as_tensor(found.logits[places])
+    sums = swap_sums(net, fetch, plan, batch_size=batch_size, device=device, logits=logits)
+    return BackgroundSwap.of(sums, plan.guessing, plan.left_out)
 
 
 @torch.no_grad()

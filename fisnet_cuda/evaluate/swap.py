@@ -9,10 +9,12 @@ once of an image of the *same* class (the control: pasting disturbs by itself) a
 that ignores the background answers is the same in both; one that uses it follows the foreign background.
 
 Limits: what lies inside the mask is never tested. Composites have seams and filled holes, which a classifier may dislike; that is
-what the control is for, and where pasting alone costs much accuracy the test is blunt. It needs masks, at least two classes with at
-least two images, and a shortcut that varies between the classes: a hint that is the same for all classes is not seen. What reaches
-over the mask (the object's shadow, say) counts as background. And a background may be evidence, not bias (a boat on water): the number
-says that it is used, not that this is wrong.
+what the control is for, and where pasting alone costs much accuracy the test is blunt; where one class's images are brighter than
+another's, its seams are stronger than the control's, and the gap may be theirs: then ``follows`` does not exceed ``chance`` (with two
+classes this cannot be told, a wrong answer is the donor's class). It needs masks, at least two classes with at least two images, and
+a shortcut that varies between the classes: a hint that is the same for all classes is not seen. What reaches over the mask (the
+object's shadow, say) counts as background. And a background may be evidence, not bias (a boat on water): the number says that it is
+used, not that this is wrong.
 
 Relatives: Xiao et al. 2021, "Noise or signal: the role of image backgrounds in object recognition" (mixed-same, mixed-rand; the
 "BG-gap" is their difference) on ImageNet-9.
