@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,8 +15,9 @@ __all__ = ["NETS", "build_net", "supervised"]
 
 
 def convnet(
-    classes: int, channels: int, size: tuple[int, int], norm: bool = False, widths: tuple[int, ...] = (16, 32, 64)
-) -> nn.Module:
+    classes: int, channels: int, size: tuple[int, int], norm: bool = False, widths: tuple[int, ...] = (16, 32, 64),
+    stem: tuple[int, int] = (5, 2),
+) -> nn.Module:  # fmt: skip
     """A small net for drawings: a 5x5 convolution of stride 2, then 3x3 convolutions, each with ReLU and a 2x2 max pool, and one
     linear layer that sees every position.
 
@@ -24,11 +26,12 @@ def convnet(
         size: height and width of its images.
         norm: a BatchNorm behind each convolution.
         widths: channels of the convolutions.
+        stem: kernel size and stride of the first one.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     c_in = channels
     for i, width in enumerate(widths, start=1):
-        kernel, stride = (5, 2) if i == 1 else (3, 1)
+        kernel, stride = stem if i == 1 else (3, 1)
         layers[f"conv{i}"] = nn.Conv2d(c_in, width, kernel, stride, kernel // 2, bias=not norm)
         if norm:
             layers[f"norm{i}"] = nn.BatchNorm2d(width)
@@ -79,6 +82,8 @@ Build = Callable[[int, int, tuple[int, int]], nn.Module]  # (classes, channels, 
 NETS: dict[str, tuple[Build, tuple[str, ...]]] = {
     "convnet": (convnet, ("relu1", "relu2", "relu3")),
     "convnet_bn": (lambda classes, channels, size: convnet(classes, channels, size, norm=True), ("relu1", "relu2", "relu3")),
+    "convnet3": (partial(convnet, stem=(3, 1)), ("relu1", "relu2", "relu3")),
+    "convnet3_bn": (partial(convnet, norm=True, stem=(3, 1)), ("relu1", "relu2", "relu3")),
     "poolnet": (poolnet, ("relu1", "relu2", "relu3", "relu4")),
     "small": (lambda classes, channels, size: nets.small(classes, channels), ("2", "6", "10")),
     "resnet18": (lambda classes, channels, size: nets.resnet18(classes, channels), ("layer1", "layer2", "layer3", "layer4")),
