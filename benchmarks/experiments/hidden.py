@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -333,10 +334,15 @@ def signal_table(rows: Sequence[Row]) -> list[str]:
             "missed, other seeds' threshold": f"{missed} of {losses}", "false alarms": f"{alarms} of {holds}",
         }  # fmt: skip
 
-    lines = {signal: line(signal) for signal in SIGNALS}
+    lines = {SIGNALS[signal]: line(signal) for signal in SIGNALS}
     names = list(next(iter(lines.values())))
-    columns = {"signal": lambda g: SIGNALS[g[0]["signal"]], **{n: lambda g, n=n: lines[g[0]["signal"]][n] for n in names}}
-    return table(columns, [[{"signal": signal}] for signal in SIGNALS])
+    warns, lost = _columns(rows, "swap_warns")
+    bad = lost > LOST
+    # the tool's own rule, fixed before these trainings: nothing is fitted
+    counts = f"{int((bad & (warns < 1)).sum())} of {int(bad.sum())}", f"{int((~bad & (warns > 0)).sum())} of {int((~bad).sum())}"
+    lines["background swap, what the tool warns of"] = dict(zip(names, ("-", "-", "-", "fixed", *counts)))
+    columns = {"signal": lambda g: g[0]["signal"], **{n: lambda g, n=n: lines[g[0]["signal"]][n] for n in names}}
+    return table(columns, [[{"signal": text}] for text in lines])
 
 
 # ---- page and figures ------------------------------------------------------------------------------------------------------
@@ -447,7 +453,7 @@ def draw_signals(rows: Sequence[Row], path: Path) -> Path:
         ax.axhline(LOST, color="#6B6B6B", linewidth=0.8)
         if not math.isnan(threshold):
             ax.axvline(threshold, color="#6B6B6B", linewidth=0.8, linestyle=":")
-        ax.set_xlabel(text + ", %", fontsize=8)
+        ax.set_xlabel(textwrap.fill(text + ", %", 34), fontsize=8)
         ax.set_title(f"AUC {_number(hiding.auc(found, lost > LOST), 2)}", fontsize=9)
         if float(found.max() if len(found) else 0) > 20 * max(float(found.abs().median() if len(found) else 0), 1e-3):
             ax.set_xscale("symlog", linthresh=max(float(found.abs().median()), 1e-2))
@@ -471,8 +477,7 @@ GROUPS = {"effect_visible": ("#0072B2", "visible to the heatmap"), "effect_below
 def draw_layers(rows: Sequence[Row], path: Path) -> Path:
     """Through which units of each layer the background reaches the logits, at the end of the trainings."""
     layers = [r for r in rows if r["kind"] == "layer" and r["system"] != "standard"]
-    wanted = [g for g in by(layers, *KEYS).values() if g[0]["net"] != "resnet18" or len(layers) < 60]
-    wanted = sorted(wanted, key=lambda g: list(NETS).index(g[0]["net"]))
+    wanted = sorted(by(layers, *KEYS).values(), key=lambda g: list(NETS).index(g[0]["net"]))
     columns = 3
     figure = Figure(figsize=(4.1 * columns, 2.2 * math.ceil(len(wanted) / columns) + 0.9), layout="constrained")
     axes = figure.subplots(math.ceil(len(wanted) / columns), columns, sharey=True, squeeze=False)

@@ -1,6 +1,8 @@
 """Where the background hides: formulas on nets made by hand, where it is known, and the experiment from end to end."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import real_data
@@ -253,3 +255,15 @@ def test_quick_run(mnist, tmp_path, net, monkeypatch, capsys):
     assert "Which signal warns?" in (tmp_path / f"{name}.md").read_text()
     assert "Which settings hold?" in capsys.readouterr().out
     assert not [job for job in few(parse(parser(""), ["--quick"])[1], net) if job not in [{k: r[k] for k in job} for r in rows]]
+
+
+def test_page_of_quiet_heatmaps(capsys):
+    """The examples of the page run and print what the page says."""
+    text = (Path(__file__).parents[2] / "docs" / "quiet-heatmaps.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "docs/quiet-heatmaps.md", "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] in text.replace("\n", " ")
+    assert names["hidden"] < 0.03
+    assert names["shown"] > 0.6
