@@ -152,18 +152,22 @@ def jobs(run: Run, net: str = "convnet") -> list[Row]:
         add("mnist", "resnet18_slim", "selective", 2, slim, ABSOLUTE, RELATIVE)
         add("mnist", "resnet18_slim", "stochastic", 2, slim, ABSOLUTE, RELATIVE)
         return found
-    long, half, short = run.pick(4, 3000, 12_000), run.pick(4, 1500, 12_000), run.pick(4, 800, 12_000)
-    add("small", "convnet3", "standard", 2, long, RELATIVE)
-    add("small", "convnet3", "selective", run.seeds, long, ABSOLUTE, FINER, COARSE, RELATIVE)
-    add("small", "convnet3", "stochastic", 2, long, ABSOLUTE, RELATIVE)
-    add("small", "convnet3", "contrast", 2, long, ABSOLUTE)
-    add("small", "convnet3_bn", "selective", 2, long, ABSOLUTE, RELATIVE)
+    steps, longer, short = run.pick(4, 1500, 12_000), run.pick(6, 4000, 36_000), run.pick(4, 400, 12_000)
+    add("small", "convnet3", "standard", 2, steps, RELATIVE)
+    add("small", "convnet3", "selective", run.seeds, steps, ABSOLUTE, RELATIVE)
+    add("small", "convnet3", "selective", 2, steps, FINER, COARSE)
+    add("small", "convnet3", "selective", 1, longer, ABSOLUTE, RELATIVE)
+    add("small", "convnet3", "stochastic", 2, steps, ABSOLUTE)
+    add("small", "convnet3", "stochastic", 1, steps, RELATIVE)
+    add("small", "convnet3", "contrast", 2, steps, ABSOLUTE)
+    add("small", "convnet3_bn", "selective", 2, steps, ABSOLUTE)
+    add("small", "convnet3_bn", "selective", 1, steps, RELATIVE)
     # why: another class, an eta that does not saturate, no epsilon at the first layer
-    add("small", "convnet3", "selective", 2, half, ABSOLUTE, select="random")
-    add("small", "convnet3", "selective", 1, half, ABSOLUTE, eta_eps=1e-7)
-    add("small", "convnet3", "selective_fine_first", 1, half, RELATIVE)
-    add("small", "convnet3", "dual", 1, half, ABSOLUTE)
-    add("small", "convnet3", "original", 1, short, ABSOLUTE)
+    add("small", "convnet3", "selective", 1, steps, ABSOLUTE, select="random")
+    add("small", "convnet3", "selective", 1, steps, ABSOLUTE, eta_eps=1e-7)
+    add("small", "convnet3", "selective_fine_first", 1, steps, RELATIVE)
+    add("small", "convnet3", "dual", 1, steps, ABSOLUTE)
+    add("small", "convnet3", "original", 1, short, ABSOLUTE)  # nine times a step of the others
     add("mnist", "convnet", "selective", 1, run.pick(4, 4000, 12_000), ABSOLUTE)
     return found
 
