@@ -230,6 +230,15 @@ def test_small_task(mnist):
     assert (places[0] != places[1]).all()
 
 
+def test_digits_task():
+    pytest.importorskip("sklearn")
+    task = hidden.load_digits("", 1500, 60)
+    assert (len(task.train), len(task.val), len(task.tests["biased"])) == (1500, 1000, 60)
+    difference = task.tests["biased"].images.float() - task.tests["confounded"].images.float()
+    assert (difference.flatten(1).abs().sum(1) > 0).all()
+    assert not (difference.abs() * (task.tests["biased"].masks > 0)).any()
+
+
 def test_fine_first_layer(mnist):
     system = build(Setting("selective_fine_first", eps=1e-4, relative=True), load(mnist, 600, 60))
     assert hidden.own_rules(system) == (RELATIVE, 1e-6)
