@@ -5,12 +5,12 @@ epsilon, BatchNorm, depth, length of the training), where does the hidden releva
 data, warns of it?
 
 Trainings on biased MNIST (as in `biased_mnist`, and on a canvas of 32x32, which costs less) and on the digits of `make demo`,
-measured again and again on their way. A row of kind "time" is one measurement: accuracy on the three test sets (what must not be known in earnest), and candidate
-signals on biased validation images. Rows of kind "layer" tell, at the end of a training, through which units of each layer the
-background reaches the logits (see `hiding`). The loss of hold is the accuracy on biased images minus that on confounded ones, in
-points; a net has lost its hold where it exceeds ten.
+measured again and again on their way. A row of kind "time" is one measurement: accuracy on the three test sets (what must not be
+known in earnest), and candidate signals on biased validation images. Rows of kind "layer" tell, at the end of a training, through
+which units of each layer the background reaches the logits (see `hiding`). The loss of hold is the accuracy on biased images minus
+that on confounded ones, in points; a net has lost its hold where it exceeds ten.
 
-On this task an image without its background is an unbiased image and one with a swapped background a confounded one: that the
+On these tasks an image without its background is an unbiased image and one with a swapped background a confounded one: that the
 signals which ask the logits work here is to be expected. What is in question is whether signals of the heatmap do.
 
     python -m benchmarks.experiments.hidden --data mnist.npz                       # the small nets, with and without BatchNorm
