@@ -94,13 +94,17 @@ def _shuffled(x: np.ndarray, y: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.as_tensor(x)[order], torch.as_tensor(y).long()[order]
 
 
+def digits_of(path: str | Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Training and test digits with their labels, shuffled once, as files may be sorted."""
+    data = read_mnist(path)
+    return _shuffled(data["x_train"], data["y_train"]), _shuffled(data["x_test"], data["y_test"])
+
+
 @lru_cache(maxsize=2)
 def load(path: str, train: int = 20_000, test: int = 2_000) -> Task:
     """The task: ``train`` digits to learn from, 2,000 others to validate, ``test`` test digits; drawn once, as files may be sorted."""
-    data = read_mnist(path)
-    x, y = _shuffled(data["x_train"], data["y_train"])
+    (x, y), (x_test, y_test) = digits_of(path)
     train = min(train, len(x) - 2_000)
-    x_test, y_test = _shuffled(data["x_test"], data["y_test"])
     tests = {marks: render(x_test[:test], y_test[:test], marks, seed=2) for marks in MARKS}
     return Task(
         "biased_mnist", CLASSES, render(x[:train], y[:train], "biased", seed=0),

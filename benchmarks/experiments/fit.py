@@ -17,7 +17,7 @@ from .tasks import Task, batches, epoch_steps
 
 __all__ = ["Fitted", "fit"]
 
-# called at the end of every epoch of the last stage: (system, epochs so far) -> numbers of the history's row
+# called at the end of every epoch of the last stage: (system, rows of the history so far) -> numbers of the history's row
 Watch = Callable[[System, int], Mapping[str, float]]
 
 
@@ -40,7 +40,9 @@ class Fitted:
     diverged: bool = False
 
 
-def fit(setting: Setting, task: Task, watch: Watch | None = None, tell: Callable[[int, str], None] | None = None) -> Fitted:
+def fit(
+    setting: Setting, task: Task, watch: Watch | None = None, tell: Callable[[int, str], None] | None = None, every: int = 0
+) -> Fitted:
     """Trains one system on a task.
 
     SGD with momentum, gradients clipped at norm 1, a learning rate that falls to 0 along half a cosine within each stage: over
@@ -51,6 +53,7 @@ def fit(setting: Setting, task: Task, watch: Watch | None = None, tell: Callable
         task: the images, on the device to train on.
         watch: measures the net after every epoch of the last stage; its time is not counted.
         tell: progress: (steps so far, the newest numbers).
+        every: steps between two rows of the history; 0: an epoch.
 
     Returns:
         The trained system. A loss that is not finite ends the training (``diverged``).
@@ -60,7 +63,7 @@ def fit(setting: Setting, task: Task, watch: Watch | None = None, tell: Callable
         fitted = Fitted(build(setting, task))
         stages = fitted.system.stages()
         for index, stage in enumerate(stages):
-            _run(fitted, stage, setting, task, index, watch if index == len(stages) - 1 else None, tell)
+            _run(fitted, stage, setting, task, index, watch if index == len(stages) - 1 else None, tell, every)
             if fitted.diverged:
                 break
     fitted.system.eval()
@@ -68,8 +71,9 @@ def fit(setting: Setting, task: Task, watch: Watch | None = None, tell: Callable
 
 
 def _run(
-    fitted: Fitted, stage: Stage, setting: Setting, task: Task, index: int, watch: Watch | None, tell: Callable[[int, str], None] | None
-) -> None:
+    fitted: Fitted, stage: Stage, setting: Setting, task: Task, index: int, watch: Watch | None,
+    tell: Callable[[int, str], None] | None, every: int,
+) -> None:  # fmt: skip
     system, stage_start = fitted.system, time.perf_counter()
     parameters = stage.parameters()
     optimizer = torch.optim.SGD(parameters, lr=setting.lr, momentum=setting.momentum)
@@ -96,7 +100,7 @@ def _run(
         counted += 1
         fitted.steps += 1
         last = step == steps
-        epoch_ends = step % per_epoch == 0 or last
+        epoch_ends = step % (every or per_epoch) == 0 or last
         finite = bool(torch.isfinite(loss)) if epoch_ends or step % 10 == 0 or tell else True
         spent += time.perf_counter() - start
         if tell is not None:
