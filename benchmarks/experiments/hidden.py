@@ -176,10 +176,10 @@ def jobs(run: Run, net: str = "convnet") -> list[Row]:
         add("mnist", "resnet18_slim", "stochastic", 2, slim, ABSOLUTE, RELATIVE)
         return found
     steps, longer, short = run.pick(4, 1500, 12_000), run.pick(6, 4000, 36_000), run.pick(4, 400, 12_000)
+    add("small", "convnet3", "selective", 1, longer, ABSOLUTE, RELATIVE)
     add("small", "convnet3", "standard", 2, steps, RELATIVE)
     add("small", "convnet3", "selective", run.seeds, steps, ABSOLUTE, RELATIVE)
     add("small", "convnet3", "selective", 1, steps, FINER, COARSE)
-    add("small", "convnet3", "selective", 1, longer, ABSOLUTE, RELATIVE)
     add("small", "convnet3", "stochastic", 2, steps, ABSOLUTE)
     add("small", "convnet3", "stochastic", 1, steps, RELATIVE)
     add("small", "convnet3", "contrast", 1, steps, ABSOLUTE)
