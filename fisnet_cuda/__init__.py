@@ -17,15 +17,18 @@ from .isnet.explain import ConservationReport, check_conservation, relevance, su
 from .isnet.loss import ISNetLoss, check_masks
 from .isnet.module import ISNet, ISNetOutput
 from .isnet.tuning import tune_c1_c2
+from .presets import PRESETS, Preset, preset
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PRESETS",
     "ConservationReport",
     "FisnetWarning",
     "ISNet",
     "ISNetLoss",
     "ISNetOutput",
+    "Preset",
     "UnsupportedModelError",
     "__version__",
     "check_conservation",
@@ -34,6 +37,7 @@ __all__ = [
     "info",
     "nn",
     "ops",
+    "preset",
     "reference",
     "relevance",
     "rules",

@@ -2,3 +2,5 @@
 
 One module a question, each one command, ``python -m benchmarks.experiments.<name>``; see README.md.
 """
+
+from . import baselines as baselines  # registers its systems, whichever module a process begins with

@@ -133,7 +133,7 @@ def one(job: Row, given: Row) -> Row:
     sizes = {"quick": (600, 60), "small": (20_000, 2_000), "full": (58_000, 10_000)}[given["scale"]]
     task = load(given["data"], *sizes).to(given["device"])
     fitted = fit(Setting(**job), task)
-    return {**measure(fitted.system, task), "steps_done": fitted.steps, "seconds": fitted.seconds, "diverged": fitted.diverged}
+    return {**measure(fitted.system, task), "steps_done": fitted.steps, "train_seconds": fitted.seconds, "diverged": fitted.diverged}
 
 
 STYLES = {"accuracy_biased": ("#6B6B6B", "o"), "accuracy_unbiased": ("#0072B2", "s"), "accuracy_confounded": ("#D55E00", "D")}
@@ -179,6 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         "system": title,
         **{marks: lambda g, m=marks: mean_spread(g, f"accuracy_{m}") for marks in MARKS},
         "background share": lambda g: mean_spread(g, "share"),
+        "swap gap": lambda g: mean_spread(g, "swap_gap"),
     }
     body = table(columns, list(by(rows, "system", "deep").values()))
     command = "python -m benchmarks.experiments.biased_mnist --data mnist.npz" + {"small": ""}.get(run.scale, f" --{run.scale}")

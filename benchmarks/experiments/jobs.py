@@ -104,6 +104,8 @@ def run_jobs(
 
     def keep(job: Row, results: Row | list[Row]) -> None:
         for result in results if isinstance(results, list) else [results]:
+            if both := set(job) & set(result):
+                raise ValueError(f"columns of the job and of its result have the same names: {', '.join(sorted(both))}")
             rows.append({**job, **result, **facts})
         write_rows(path, rows)
 
@@ -143,5 +145,5 @@ def run_jobs(
 
 def _short(results: Row | list[Row]) -> str:
     row = results[-1] if isinstance(results, list) else results
-    told = {key: value for key, value in row.items() if key.startswith(("accuracy", "auroc", "share", "swap", "seconds"))}
+    told = {key: value for key, value in row.items() if key.startswith(("accuracy", "auroc", "share", "swap", "train_seconds"))}
     return " ".join(f"{key} {value:.1f}" if isinstance(value, float) else f"{key} {value}" for key, value in told.items())

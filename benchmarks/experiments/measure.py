@@ -7,11 +7,12 @@ from torch import Tensor
 
 import fisnet_cuda as fc
 from fisnet_cuda.evaluate.attention import background_share
+from fisnet_cuda.evaluate.swap import BackgroundSwap, background_swap
 
 from .systems import System
 from .tasks import Images, Task
 
-__all__ = ["accuracy", "auroc", "heatmaps", "measure", "share", "shown"]
+__all__ = ["accuracy", "auroc", "heatmaps", "measure", "share", "shown", "swap", "visible"]
 
 # the rule by which every system's maps are made for the table, so that shares compare: the finest that is numerically safe
 FINE = fc.rules.Epsilon(1e-4, relative=True)
@@ -41,8 +42,12 @@ def heatmaps(system: System, shown: Tensor, epsilon: fc.rules.Epsilon = FINE) ->
 
 
 def share(system: System, images: Images, epsilon: fc.rules.Epsilon = FINE) -> float:
-    """Mean background share of the absolute relevance, in percent; maps that are 0 everywhere do not count."""
-    R = heatmaps(system, shown(system, images), epsilon)
+    """Mean background share of the absolute relevance, in percent; maps that are 0 everywhere do not count.
+
+    z^B gives relevance to black pixels, too: a pixel that may lie in [0, 1] and is 0 says something. One that the system blanks
+    is 0 whatever the image shows, and its relevance is not the image's: it counts as 0.
+    """
+    R = heatmaps(system, shown(system, images), epsilon) * visible(system, images)
     return 100 * background_share(R, images.masks).nanmean().item()
 
 
@@ -54,12 +59,30 @@ def shown(system: System, images: Images) -> Tensor:
     return torch.cat([system.prepare(x, m) for x, m in parts])
 
 
+@torch.no_grad()
+def visible(system: System, images: Images) -> Tensor:
+    """Bool ``[N, 1, H, W]``: the pixels that the classifier is shown."""
+    system.eval()
+    parts = zip(images.images.split(256), images.masks.split(256))
+    return torch.cat([system.visible(x, m) for x, m in parts]) > 0
+
+
+def swap(system: System, images: Images, seed: int = 0) -> BackgroundSwap:
+    """The background swap on images of the training's kind: asks for the background's hold without unbiased data."""
+
+    def predict(x: Tensor) -> Tensor:
+        return system.logits(x, torch.ones_like(x[:, :1]))
+
+    return background_swap(predict, images.images, images.masks, images.labels, seed=seed)
+
+
 def measure(system: System, task: Task, share_images: int = 512) -> dict[str, float]:
-    """Accuracy (two classes: and AUC) on every test set, and the background share on the first one.
+    """Accuracy (two classes: and AUC) on every test set, the background share on the first one, the background swap on validation.
 
     Returns:
-        ``accuracy_<set>``, ``auroc_<set>`` (two classes), ``share`` (by `FINE`) and ``share_own`` (by the system's own epsilon), all
-        in percent.
+        In percent: ``accuracy_<set>``, ``auroc_<set>`` (two classes), ``share`` (by `FINE`) and ``share_own`` (by the system's own
+        epsilon), ``swap_same``, ``swap_other`` and ``swap_gap`` (not for "masked", which would need the composites' masks); and what
+        the system itself adds (`System.extra`).
     """
     found: dict[str, float] = {}
     for name, images in task.tests.items():
@@ -71,4 +94,7 @@ def measure(system: System, task: Task, share_images: int = 512) -> dict[str, fl
     first = next(iter(task.tests.values()))[slice(0, share_images)].floats()
     found["share"] = share(system, first)
     found["share_own"] = share(system, first, system.setting.epsilon)
-    return found
+    if system.setting.system != "masked":
+        held = swap(system, task.val[slice(0, share_images)].floats())
+        found |= {f"swap_{name}": 100 * getattr(held, name).value for name in ("same", "other", "gap")}
+    return found | system.extra(task)

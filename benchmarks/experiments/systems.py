@@ -2,7 +2,7 @@
 
 A system is a net with a loss. All systems of an experiment share the net, its initial weights, the batches, the optimizer, the
 schedule and the number of steps; what differs is what the loss does with the masks. A system is added by adding a file that says
-``@system("name")`` over a builder, and importing it in `benchmarks.experiments.fit`.
+``@system("name")`` over a builder, and importing it in the package's ``__init__.py``: then it is there in every process.
 """
 
 from __future__ import annotations
@@ -131,6 +131,14 @@ class System:
     def prepare(self, images: Tensor, masks: Tensor) -> Tensor:
         """What the classifier is shown of images ``[N, C, H, W]``; a system that hides the background does it here."""
         return images
+
+    def visible(self, images: Tensor, masks: Tensor) -> Tensor:
+        """``[N, 1, H, W]``: what the pixels are multiplied by before the classifier sees them, 0 = hidden."""
+        return torch.ones_like(masks)
+
+    def extra(self, task: Task) -> dict[str, float]:
+        """Numbers that only this system has, for `benchmarks.experiments.measure.measure`."""
+        return {}
 
     @torch.no_grad()
     def logits(self, images: Tensor, masks: Tensor) -> Tensor:

@@ -33,10 +33,12 @@ COLUMNS = {
     "val/macro_f1": ("macro F1", 8),
     "val/auroc": ("AUROC", 7),
     "val/background_share": ("background", 10),
+    "val/swap_gap": ("swap gap", 8),
 }
 LEGEND = (
     "train loss = (1 - P) class. + P heatmap; 1 is best of accuracy, balanced (accuracy), macro F1 and AUROC;\n"
-    "background = share of relevance outside the masks, 0 is best; all but the training losses are of the validation images"
+    "background = share of relevance outside the masks, 0 is best; swap gap = accuracy lost on another class's background, 0 is\n"
+    "best; all but the training losses are of the validation images"
 )
 
 

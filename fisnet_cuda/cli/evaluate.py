@@ -1,5 +1,5 @@
 """Does the shortcut still work? Metrics with confidence intervals for every test set, background share of the heatmaps, pointing
-game, insertion and deletion; writes evaluation.json, evaluation.md and evaluation.png.
+game, insertion and deletion, background swap; writes evaluation.json, evaluation.md and evaluation.png.
 
   fisnet-cuda evaluate runs/isnet --set external=other/images,masks=other/masks --compare runs/standard
 """
@@ -54,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bootstrap", type=int, default=2000, metavar="N", help="resamples behind the intervals [%(default)s]")
     parser.add_argument("--tolerance", type=int, default=0, metavar="PIXELS", help="of the pointing game [%(default)s]")
+    parser.add_argument("--swap-images", type=int, default=512, metavar="N",
+                        help="at most N images of each set for the background swap; 0: none [%(default)s]")  # fmt: skip
     parser.add_argument("--no-faithfulness", action="store_true", help="leave out insertion and deletion, the slow part")
     parser.add_argument("--faithfulness-samples", type=int, default=Options.samples, metavar="N",
                         help="images of each set for insertion and deletion [%(default)s]")  # fmt: skip
@@ -130,7 +132,7 @@ def names(paths: Sequence[str]) -> list[str]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("samples", 1), ("batch_size", 1), ("seed", 0), ("bootstrap", 100), ("tolerance", 0)):
+    for name, least in (("samples", 1), ("batch_size", 1), ("seed", 0), ("bootstrap", 100), ("tolerance", 0), ("swap_images", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -171,7 +173,8 @@ def _one(path: str, name: str, module: ISNetModule, file: Path, args: argparse.N
         **({"sets": list(args.sets)} if args.sets else {}),
     }
     return evaluate(
-        module, loaders, name=name, bootstrap=args.bootstrap, tolerance=args.tolerance, faithful=faithful, seed=args.seed,
+        module, loaders, name=name, bootstrap=args.bootstrap, tolerance=args.tolerance, faithful=faithful,
+        swap_images=args.swap_images, seed=args.seed,
         identities=dict.fromkeys(wanted, data.store.hashes), notes=notes, facts=facts, progress=True,
     )  # fmt: skip
 

@@ -26,6 +26,7 @@ from ..data.module import MaskedImageData
 from ..data.split import drift, read_manifest
 from ..errors import InputError
 from ..files import make_folder, write_text
+from ..presets import PRESETS
 from ..train.callbacks import callbacks
 from ..train.module import ISNetModule
 from .console import Console, quiet, say, settings_kept
@@ -50,6 +51,7 @@ FREE = {
     "trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.min_epochs", "trainer.min_steps", "trainer.accelerator",
     "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.profiler", "trainer.enable_progress_bar",
     "trainer.log_every_n_steps", "data.workers", "data.cache", "data.cache_dir", "patience", "figures_every", "figures_images",
+    "swap_every", "swap_images",
     "checkpoint_every_steps", "checkpoint_every_minutes",
 }  # fmt: skip
 OPTIMIZER = ("model.lr", "model.momentum", "model.weight_decay")  # a checkpoint brings its own
@@ -362,6 +364,8 @@ _DESCRIPTION = """Trains a classifier on images with masks, so that it does not 
 short names:
 """ + "\n".join(f"  {short:<14} {long}" for short, long in SHORT.items()) + """
   --amp          --precision bf16-mixed
+  --preset NAME  model settings that belong together (those behind it on the line prevail):
+""" + "\n".join(f"    {p.name:<8} {p.why}" for p in PRESETS.values()) + """
 
 every setting, with its default, stands below; --debug shows the traceback of an error
 """

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from .. import nets
 from ..errors import InputError
+from ..presets import preset
 from .errors import nearest, one_line
 
 __all__ = ["SHORT", "HelpFormatter", "SettingsParser", "commented_yaml", "expand", "share_help"]
@@ -42,16 +43,23 @@ AMP = ("--precision", "bf16-mixed")
 
 
 def expand(argv: Sequence[str]) -> list[str]:
-    """Arguments with the short names replaced by the settings they stand for.
+    """Arguments with the short names replaced by the settings they stand for; a preset by all of its settings, so that what comes
+    behind it on the command line prevails.
+
+    Raises:
+        InputError: there is no such preset.
 
     Example:
         >>> expand(["--path", "imgs", "--lr=0.1", "-b8", "--amp"])
         ['--data.path', 'imgs', '--model.lr=0.1', '--data.batch_size=8', '--precision', 'bf16-mixed']
     """
     out: list[str] = []
-    for argument in argv:
+    rest = iter(argv)
+    for argument in rest:
         name, equals, value = argument.partition("=")
-        if argument == "--amp":
+        if name == "--preset":
+            out += _preset(value if equals else next(rest, ""))
+        elif argument == "--amp":
             out += AMP
         elif name in SHORT:
             out.append(SHORT[name] + equals + value)
@@ -62,6 +70,14 @@ def expand(argv: Sequence[str]) -> list[str]:
         else:
             out.append(argument)
     return out
+
+
+def _preset(name: str) -> list[str]:
+    try:
+        settings = preset(name).module
+    except ValueError as error:
+        raise InputError(f"--preset: {error}") from None
+    return [f"--model.{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
 
 
 class HelpFormatter(DefaultHelpFormatter):

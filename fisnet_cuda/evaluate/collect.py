@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heappush, heappushpop
 from typing import Any
 
@@ -31,6 +31,7 @@ class Collected:
         area: share of the image that is background: what a heatmap of equal values everywhere would have.
         hit, chance, positive: the pointing game's; NaN without a usable mask.
         kept: images ``[C_in, H, W]`` for insertion and deletion, drawn by the seed; by their place in the arrays.
+        masked: images and masks ``[1, H, W]`` for the background swap, likewise, of those with a usable mask and a label.
     """
 
     index: NDArray[np.int64]
@@ -43,6 +44,7 @@ class Collected:
     chance: NDArray[np.float64]
     positive: NDArray[np.float64]
     kept: dict[int, Tensor]
+    masked: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -59,6 +61,7 @@ def collect(
     device: torch.device | str = "cpu",
     tolerance: int = 0,
     keep: int = 0,
+    keep_masked: int = 0,
     seed: int = 0,
     name: str = "data",
     step: Any = None,
@@ -75,7 +78,8 @@ def collect(
         device: where the net is.
         tolerance: of the pointing game, in pixels.
         keep: how many images to keep for `faithfulness`; which ones hangs on ``seed`` and ``index`` alone, not on batches.
-        seed: of that draw.
+        keep_masked: how many images and masks to keep for `background_swap`; likewise.
+        seed: of these draws.
         name: of the subset, for messages.
         step: called with the number of samples done.
 
@@ -83,7 +87,8 @@ def collect(
         InputError: the subset is empty, or the logits are not finite or not ``classes`` many.
     """
     parts: list[dict[str, Any]] = []
-    kept: list[tuple[float, int, Tensor]] = []
+    kept: list[tuple[float, int, Any]] = []
+    masked: list[tuple[float, int, Any]] = []
     done = 0
     for batch in batches:
         x = batch["image"].to(device, non_blocking=True)
@@ -97,12 +102,12 @@ def collect(
         part = {"index": index, "labels": batch["label"].cpu().numpy(), "logits": logits.double().cpu().numpy()}
         part |= _attention(net, x, logits.argmax(1), batch, tolerance)
         parts.append(part)
-        for i in range(n if keep else 0):
+        usable = (part["mask"] == "used") & (part["labels"] >= 0)
+        for i in range(n if keep or keep_masked else 0):
             entry = (-np.random.default_rng([seed, int(index[i])]).random(), done + i)
-            if len(kept) < keep:
-                heappush(kept, (*entry, x[i].cpu()))
-            elif entry > kept[0][:2]:
-                heappushpop(kept, (*entry, x[i].cpu()))
+            _offer(kept, keep, entry, x, i)
+            if usable[i]:
+                _offer(masked, keep_masked, entry, (x, batch["mask"]), i)
         done += n
         if step is not None:
             step(done)
@@ -115,7 +120,16 @@ def collect(
             f"the network's outputs are not finite for {bad} of {done} images of {name}: its training has diverged; use another "
             "checkpoint"
         )
-    return Collected(**whole, kept={place: image for _, place, image in sorted(kept, key=lambda entry: entry[1])})
+    drawn = ({place: value for _, place, value in sorted(heap, key=lambda entry: entry[1])} for heap in (kept, masked))
+    return Collected(**whole, **dict(zip(("kept", "masked"), drawn)))
+
+
+def _offer(heap: list[tuple[float, int, Any]], most: int, entry: tuple[float, int], values: Any, i: int) -> None:
+    """Keeps sample ``i`` of a batch if it is among the ``most`` that come first by their draws; copies only what is kept."""
+    if most and (len(heap) < most or entry > heap[0][:2]):
+        # a clone: a view would keep the whole batch
+        value = tuple(v[i].cpu().clone() for v in values) if isinstance(values, tuple) else values[i].cpu().clone()
+        (heappush if len(heap) < most else heappushpop)(heap, (*entry, value))
 
 
 def _attention(net: Any, x: Tensor, predicted: Tensor, batch: Mapping[str, Tensor], tolerance: int) -> dict[str, Any]:

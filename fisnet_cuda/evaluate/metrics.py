@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "Classification", "Estimate", "auc", "auc_scores", "balanced_accuracy", "bootstrap_weights", "classification", "difference",
-    "macro_f1", "mean", "proportion",
+    "macro_f1", "mean", "paired_difference", "proportion",
 ]  # fmt: skip
 
 Floats = NDArray[np.float64]
@@ -111,6 +111,47 @@ def difference(a: Estimate, b: Estimate) -> Estimate:
     down = np.hypot(b.value - b.low, a.high - a.value)
     up = np.hypot(b.high - b.value, a.value - a.low)
     return Estimate(float(d), float(d - down), float(d + up))
+
+
+def paired_difference(both: int, only_first: int, only_second: int, n: int, level: float = LEVEL) -> Estimate:
+    """First minus second share, of two yes-or-no answers about the same ``n`` cases (Newcombe 1998, "Improved confidence intervals
+    for the difference between binomial proportions based on paired data", Statistics in Medicine 17, method 10).
+
+    Wilson's intervals of both shares, combined with the correlation of the answers: a closed form, honest where all cases agree,
+    of which McNemar's test and a bootstrap make certainty.
+
+    Args:
+        both: cases with two yes.
+        only_first, only_second: cases with one.
+        n: all cases.
+        level: of the interval.
+
+    Returns:
+        The difference; NaN for n = 0.
+
+    Example:
+        >>> paired_difference(36, 12, 2, 50).text(4)  # Newcombe's example (b)
+        '0.2000 (0.0569–0.3404)'
+        >>> paired_difference(0, 20, 0, 20).text(2)
+        '1.00 (0.77–1.00)'
+    """
+    if n == 0:
+        return UNKNOWN
+    neither = n - both - only_first - only_second
+    first, second = proportion(both + only_first, n, level), proportion(both + only_second, n, level)
+    # phi with Newcombe's correction for continuity, 0 where a share is 0 or 1
+    product = float(both * neither - only_first * only_second)
+    product = max(product - n / 2, 0.0) if product > 0 else product
+    margins = (both + only_first) * (neither + only_second) * (both + only_second) * (neither + only_first)
+    phi = product / float(np.sqrt(float(margins))) if margins else 0.0
+    d = (only_first - only_second) / n
+    low = _correlated(first.value - first.low, second.high - second.value, phi)
+    high = _correlated(first.high - first.value, second.value - second.low, phi)
+    return Estimate(d, max(-1.0, d - low), min(1.0, d + high))
+
+
+def _correlated(a: float, b: float, phi: float) -> float:
+    return float(np.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b)))
 
 
 def balanced_accuracy(confusion: Ints, level: float = LEVEL) -> Estimate:

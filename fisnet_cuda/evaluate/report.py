@@ -9,6 +9,7 @@ from typing import Any
 
 from ..files import make_folder, write_json, write_text
 from .results import Difference, RunResult, SubsetResult, differences, verdict
+from .swap import BackgroundSwap
 
 __all__ = ["Evaluation"]
 
@@ -28,6 +29,10 @@ METHODS = {
     "share of the image that would be a hit; interval: Wilson's",
     "insertion, deletion": "area under the probability of the predicted class while pixels are put into a blurred image, or taken "
     "away, the most relevant first (RISE: Petsiuk et al. 2018); random: the same in random order; interval: bootstrap",
+    "background swap": "x' = M x + (1 - M) b: accuracy of each image's foreground on the background of another image of the same "
+    "class (the control: pasting disturbs by itself) and of another class, both donors' objects filled in from the background around "
+    "them; gap: same - other, interval: paired (Newcombe 1998, method 10); follows: answers that are the donor's class; chance: "
+    "answers that are that class on a background of the same class. Tests nothing that lies inside the mask",
     "bootstrap": "percentiles of resamples drawn with replacement within each class (stratified; Efron and Tibshirani 1993)",
     "differences between runs": "by image (bootstrap of the differences) where both saw the same images, otherwise MOVER "
     "(Newcombe 1998)",
@@ -90,6 +95,8 @@ class Evaluation:
             READING,
             _main_table(self.runs),
         ]
+        swaps = _swap_table(self.runs)
+        parts += ["## Background swap", swaps] if swaps else []
         if several:
             parts += [f"## Against {self.runs[0].name}", _difference_table(self.differences(), self.runs[0].name)]
         notes = _notes(self.runs)
@@ -102,7 +109,8 @@ class Evaluation:
 
     def summary(self) -> str:
         """The verdict and the main numbers, narrow enough for a terminal."""
-        head = ["subset", "run", "n", "accuracy % ↑", "AUC % ↑", "background share % ↓"]
+        swap = any(s.swap is not None and s.swap.n for run in self.runs for s in run.subsets.values())
+        head = ["subset", "run", "n", "accuracy % ↑", "AUC % ↑", "background share % ↓", *(["swap gap, points ↓"] if swap else [])]
         rows = [
             [
                 name,
@@ -111,6 +119,7 @@ class Evaluation:
                 s.classification.accuracy.percent(),
                 s.classification.auc_macro.percent(),
                 _share(s),
+                *([_signed(s.swap.gap) if s.swap is not None and s.swap.n else "-"] if swap else []),
             ]
             for name in dict.fromkeys(name for run in self.runs for name in run.subsets)
             for run in self.runs
@@ -118,7 +127,7 @@ class Evaluation:
         ]
         if len(self.runs) == 1:
             head, rows = head[:1] + head[2:], [row[:1] + row[2:] for row in rows]
-        return "\n\n".join([table(head, rows, len(head) - 4), *self.verdicts()])
+        return "\n\n".join([table(head, rows, len(head) - 4 - swap), *self.verdicts()])
 
     def figure(self, path: str | Path) -> Path:
         """Draws accuracy, AUC, background share and insertion / deletion of every subset and run as a PNG."""
@@ -198,6 +207,37 @@ def _main_row(s: SubsetResult, masks: bool, faithful: bool) -> list[str]:
             else [i.insertion.text(2), f"{i.insertion_random.value:.2f}", i.deletion.text(2), f"{i.deletion_random.value:.2f}"]
         )
     return row
+
+
+def _swap_table(runs: Sequence[RunResult]) -> str:
+    """Accuracy on backgrounds of the same and of another class; empty where it was not tested."""
+    several = len(runs) > 1
+    names = dict.fromkeys(name for run in runs for name in run.subsets)
+    pairs = [(run, run.subsets[name]) for name in names for run in runs if name in run.subsets]
+    pairs = [(run, s) for run, s in pairs if s.swap is not None and s.swap.n]
+    if not pairs:
+        return ""
+    head = ["subset", *(["run"] if several else []), "n", "as they are %", "same class %", "other class % ↑", "gap, points ↓"]
+    head += ["follows % ↓", "chance", "shift % ↓"]
+    rows = [[s.name, *([run.name] if several else []), *_swap_row(s.swap)] for run, s in pairs]
+    shown = sorted({round(100 * s.swap.shown) for _, s in pairs})
+    share = f"{shown[0]}" if len(shown) == 1 else f"{shown[0]} to {shown[-1]}"
+    reading = (
+        "Accuracy of each foreground on the background of another image, of the same class and of another. Good: both alike, a gap "
+        "whose interval holds 0. Bad: a gap: the background has a hold on the answers, whatever the heatmap shows. No set in which the "
+        "shortcut is broken is needed for that, but one in which it is intact: images like those of the training."
+    )
+    under = (
+        "*follows*: answers that are the class of the image that gave the background; *chance*: the same answers on a background of "
+        f"the own class; *shift*: how far the probabilities move (total variation). {share} % of a composite is the other image's "
+        "background, the rest object and filling."
+    )
+    return "\n\n".join([reading, table(head, rows, 2 if several else 1), under])
+
+
+def _swap_row(swap: BackgroundSwap) -> list[str]:
+    values = [str(swap.n), swap.plain.percent(), swap.same.percent(), swap.other.percent(), _signed(swap.gap)]
+    return [*values, swap.follows.percent(), _percent(swap.chance), _percent(swap.shift)]
 
 
 def _share(s: SubsetResult) -> str:

@@ -14,6 +14,7 @@ from . import metrics
 from .collect import Collected
 from .faithfulness import CURVES, areas
 from .metrics import Classification, Estimate
+from .swap import BackgroundSwap
 
 __all__ = [
     "Attention",
@@ -126,7 +127,7 @@ class Insertion:
 
 @dataclass(frozen=True)
 class SubsetResult:
-    """All that was measured of one subset; ``attention`` is None without masks, ``insertion`` without that test.
+    """All that was measured of one subset; ``attention`` is None without masks, ``insertion`` and ``swap`` without these tests.
 
     ``identity`` names each sample (a hash, say): runs with the same ones are compared image by image.
     """
@@ -138,6 +139,7 @@ class SubsetResult:
     collected: Collected = field(repr=False)
     identity: tuple[str, ...] = field(default=(), repr=False)
     notes: tuple[str, ...] = ()
+    swap: BackgroundSwap | None = None
 
     def to_dict(self, classes: Sequence[str]) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -145,13 +147,20 @@ class SubsetResult:
             "classification": self.classification.to_dict(classes),
             "attention": None if self.attention is None else self.attention.to_dict(),
             "insertion_deletion": None if self.insertion is None else self.insertion.to_dict(),
+            "background_swap": None if self.swap is None else self.swap.to_dict(),
             "notes": self.all_notes,
         }
 
     @property
     def all_notes(self) -> list[str]:
         """Everything that a reader of the numbers must know."""
-        return [*self.notes, *self.classification.notes, *([] if self.attention is None else self.attention.notes)]
+        left = {} if self.swap is None else self.swap.left_out
+        return [
+            *self.notes,
+            *self.classification.notes,
+            *([] if self.attention is None else self.attention.notes),
+            *(f"{count} images {why} are left out of the background swap" for why, count in left.items()),
+        ]
 
 
 @dataclass(frozen=True)
@@ -258,7 +267,19 @@ def verdict(run: RunResult) -> str:
         parts = [_accuracy_text(base, others)]
     fell = parts[0].startswith("accuracy falls")
     look = _attention_text(subsets, base, fell)
-    return " ".join([*parts, *([look] if look else [])])
+    swapped = _swap_text(subsets, base, str(run.facts.get("variant", "")))
+    return " ".join(filter(None, [*parts, look, swapped]))
+
+
+def _swap_text(subsets: Sequence[SubsetResult], base: SubsetResult, variant: str) -> str:
+    """Of the subset that warns the most; where none does, of the one that looks like the training data: its shortcut is intact."""
+    seen = [s for s in subsets if s.swap is not None and s.swap.n]
+    if not seen:
+        return ""
+    warned = [s for s in seen if s.swap.warns]
+    subset = max(warned, key=lambda s: s.swap.gap.low) if warned else base if base in seen else seen[0]
+    share = subset.attention.share.value if subset.attention is not None else float("nan")
+    return f"Background swap ({subset.name}, {subset.swap.n} images): {subset.swap.says(share, variant)}"
 
 
 def _accuracy_text(base: SubsetResult, others: Sequence[SubsetResult]) -> str:

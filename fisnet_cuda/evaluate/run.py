@@ -18,6 +18,7 @@ from .faithfulness import CURVES, Options, curves
 from .metrics import classification
 from .report import Evaluation
 from .results import Insertion, RunResult, SubsetResult, attention, insertion
+from .swap import BackgroundSwap, mask_kinds, plan_swap, swap_sums
 
 __all__ = ["evaluate"]
 
@@ -30,6 +31,7 @@ def evaluate(
     bootstrap: int = 2000,
     tolerance: int = 0,
     faithful: Options | None = None,
+    swap_images: int = 512,
     seed: int = 0,
     identities: Mapping[str, Sequence[str]] | None = None,
     notes: Mapping[str, Sequence[str]] | None = None,
@@ -50,7 +52,9 @@ def evaluate(
         bootstrap: resamples behind the intervals of macro-F1, AUC and means; at least 100.
         tolerance: of the pointing game, in pixels of the input.
         faithful: of insertion and deletion; None for the defaults, ``Options(samples=0)`` to leave them out.
-        seed: of bootstrap, sample and random orders.
+        swap_images: at most so many images of each subset, drawn by the seed, for `background_swap`; 0 leaves it out. They are kept in
+            memory while it lasts.
+        seed: of bootstrap, samples, random orders and donors.
         identities: subset -> what names each sample of ``index`` (a hash): makes comparisons of runs image by image.
         notes: subset -> what a reader must know of it.
         facts: of the run, for the report (checkpoint, variant ...).
@@ -79,6 +83,8 @@ def evaluate(
         raise InputError(f"an interval needs at least 100 bootstrap resamples, got {bootstrap}")
     if tolerance < 0:
         raise InputError(f"the tolerance of the pointing game must be at least 0 pixels, got {tolerance}")
+    if swap_images < 0:
+        raise InputError(f"swap_images must be at least 0, got {swap_images}")
     if not loaders:
         raise InputError("there is no subset to evaluate: give a test split or further sets")
     faithful = Options() if faithful is None else faithful
@@ -87,14 +93,17 @@ def evaluate(
     net.eval()
     try:
         subsets = {
-            subset: _subset(net, spec, batches, subset, name, bootstrap, tolerance, faithful, seed, (identities or {}).get(subset, ()),
-                            (notes or {}).get(subset, ()), progress)
+            subset: _subset(net, spec, batches, subset, name, bootstrap, tolerance, faithful, swap_images, seed,
+                            (identities or {}).get(subset, ()), (notes or {}).get(subset, ()), progress)
             for subset, batches in loaders.items()
         }  # fmt: skip
     finally:
         for part, training in modes:
             part.training = training
-    settings = {"bootstrap": bootstrap, "seed": seed, "pointing_tolerance_pixels": tolerance, "explained": "predicted logit"}
+    settings = {
+        "bootstrap": bootstrap, "seed": seed, "pointing_tolerance_pixels": tolerance, "explained": "predicted logit",
+        "swap_images": swap_images,
+    }  # fmt: skip
     if faithful.samples:
         sigma = faithful.sigma or 5 * max(spec.size) / 224
         settings |= {
@@ -107,20 +116,22 @@ def evaluate(
 
 def _subset(
     net: Any, spec: Any, batches: Iterable[Mapping[str, Tensor]], name: str, run: str, bootstrap: int, tolerance: int,
-    faithful: Options, seed: int, identity: Sequence[str], notes: Sequence[str], progress: bool,
+    faithful: Options, swap_images: int, seed: int, identity: Sequence[str], notes: Sequence[str], progress: bool,
 ) -> SubsetResult:  # fmt: skip
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     total = _count(batches)
     shown = Progress(_short(name), total) if progress and total else None
     found = collect(
-        net, batches, len(spec.classes), device=device, tolerance=tolerance, keep=faithful.samples, seed=seed, name=name,
+        net, batches, len(spec.classes), device=device, tolerance=tolerance, keep=faithful.samples, keep_masked=swap_images, seed=seed,
+        name=name,
         step=None if shown is None else lambda done: shown.update(min(done, total), f"{run}: {done} images"),
     )  # fmt: skip
     answered = classification(found.logits, found.labels, spec.classes, bootstrap, seed)
     looked = attention(found, bootstrap, seed)
     inserted = _insertion(net, spec, found, name, run, faithful, bootstrap, seed, device, progress)
     named = tuple(identity[int(i)] for i in found.index) if identity else ()
-    return SubsetResult(name, answered, looked, inserted, replace(found, kept={}), named, tuple(notes))
+    swapped = _swap(net, found, faithful.batch_size, seed, device)
+    return SubsetResult(name, answered, looked, inserted, replace(found, kept={}, masked={}), named, tuple(notes), swapped)
 
 
 def _short(name: str, most: int = 22) -> str:
@@ -136,6 +147,23 @@ def _count(batches: Any) -> int:
     if hasattr(batches, "dataset") and hasattr(batches.dataset, "__len__"):
         return len(batches.dataset)
     return sum(len(b["label"]) for b in batches) if isinstance(batches, (list, tuple)) else 0
+
+
+def _swap(net: Any, found: Collected, batch_size: int, seed: int, device: torch.device) -> BackgroundSwap | None:
+    places = list(found.masked)
+    if not places:
+        return None
+    pairs = list(found.masked.values())
+
+    def fetch(at: Tensor) -> tuple[Tensor, Tensor]:  # a batch at a time: stacked, all would be in memory twice
+        images, masks = zip(*(pairs[i] for i in at.tolist()))
+        return torch.stack(images), torch.stack(masks)
+
+    kinds = torch.cat([mask_kinds(fetch(at)[1]) for at in torch.arange(len(pairs)).split(batch_size)])
+    plan = plan_swap(torch.as_tensor(found.labels[places]), kinds, seed)
+    logits = torch.as_tensor(found.logits[places])
+    sums = swap_sums(net, fetch, plan, batch_size=batch_size, device=device, logits=logits)
+    return BackgroundSwap.of(sums, plan.guessing, plan.left_out)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from .divergence import DivergenceGuard
 from .heatmaps import HeatmapFigures
 from .resume import WholeEpochs
 from .run_folder import RunFolder
+from .swap import SwapCheck
 
 __all__ = ["callbacks"]
 
@@ -25,6 +26,8 @@ def callbacks(
     ema: float | None = None,
     figures_every: int = 1,
     figures_images: int = 6,
+    swap_every: int = 1,
+    swap_images: int = 512,
     checkpoint_every_steps: int | None = None,
     checkpoint_every_minutes: float | None = 10.0,
     divergence_factor: float | None = 20.0,
@@ -39,6 +42,9 @@ def callbacks(
         ema: decay of an exponential moving average of the weights, e.g. 0.999; None: no average.
         figures_every: epochs between two figures of heatmaps; 0: none.
         figures_images: rows of such a figure.
+        swap_every: epochs between two background swaps, which tell from validation images and their masks whether the classifier uses
+            the background though its heatmap be quiet; 0: none.
+        swap_images: at most so many validation images for that.
         checkpoint_every_steps: write last.ckpt also within an epoch, after so many steps of the optimizer; None: do not.
         checkpoint_every_minutes: write last.ckpt also within an epoch, after so many minutes; None: do not.
         divergence_factor: stop when the loss exceeds so many times what it was at first; None: only when it is not finite.
@@ -51,12 +57,13 @@ def callbacks(
 
     Example:
         >>> [type(callback).__name__ for callback in callbacks("runs/a", patience=5, figures_every=0)]
-        ['DivergenceGuard', 'WholeEpochs', 'EarlyStop', 'RunFolder', 'Checkpoints']
+        ['DivergenceGuard', 'SwapCheck', 'WholeEpochs', 'EarlyStop', 'RunFolder', 'Checkpoints']
     """
     return [
         DivergenceGuard(factor=divergence_factor),
         *([HeatmapFigures(run, figures_every, figures_images)] if figures_every else []),
-        *([EMA(ema)] if ema is not None else []),  # after the figures, which are drawn with its weights
+        *([SwapCheck(swap_every, swap_images)] if swap_every else []),
+        *([EMA(ema)] if ema is not None else []),  # after those two, which use its weights
         WholeEpochs(),
         *([EarlyStop(monitor, patience, mode=mode)] if patience is not None else []),
         RunFolder(run),  # before Checkpoints, so that they hold the epoch's row

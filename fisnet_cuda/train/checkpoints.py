@@ -21,7 +21,10 @@ from .resume import tuning, weighed_by
 
 __all__ = ["Checkpoints", "EarlyStop", "direction"]
 
-_MORE_IS_BETTER = ("accuracy", "auroc", "auc", "f1", "precision", "recall", "specificity", "sensitivity", "foreground_share")
+_MORE_IS_BETTER = (
+    "accuracy", "auroc", "auc", "f1", "precision", "recall", "specificity", "sensitivity", "foreground_share", "swap_same",
+    "swap_other",
+)  # fmt: skip
 _LOOK_EVERY = 16  # steps between two looks at the clock that all processes agree on
 
 

@@ -46,6 +46,10 @@ def test_a_shortcut_is_found(runs, capsys):
     assert "the net uses the background" in out
     assert content["runs"][0]["variant"] == "standard"
     assert subsets["test"]["insertion_deletion"]["n"] == 4
+    swap = subsets["test/biased"]["background_swap"]
+    assert swap["n"] == 48
+    assert swap["warns"]
+    assert "Background swap (test/biased, 48 images): the classifier uses the background" in out
     assert (runs / "standard/evaluation/evaluation.png").stat().st_size > 10_000
     assert sorted(p.name for p in (runs / "standard/evaluation").iterdir()) == ["evaluation.json", "evaluation.md", "evaluation.png"]
 
@@ -62,11 +66,16 @@ def test_two_runs_beside_each_other_on_further_sets(runs, tmp_path, capsys):
         assert run["subsets"]["external"]["classification"]["n"] == 12
         assert run["subsets"]["external"]["attention"]["n"] == 12
         assert run["subsets"]["external"]["insertion_deletion"] is None
+        assert run["subsets"]["external"]["background_swap"]["n"] == 12
     differences = content["differences_to_the_first_run"]
     assert [d["subset"] for d in differences] == ["test", "test/biased", "test/unbiased", "external"]
     assert all(d["paired_by_image"] for d in differences)
     assert differences[1]["background_share"]["high"] < 0  # the ISNet looks less at the background
     assert "| external" in (out / "evaluation.md").read_text()
+    swaps = (out / "evaluation.md").read_text().split("## Background swap")[1].split("##")[0]
+    assert [line.split("|")[1:3] for line in swaps.splitlines() if line.startswith("| test/biased")] == [
+        [" test/biased   ", " standard "], [" test/biased   ", " isnet    "]
+    ]  # fmt: skip
 
 
 def test_columns_of_a_further_set_may_be_called_otherwise(runs, tmp_path):
@@ -74,10 +83,12 @@ def test_columns_of_a_further_set_may_be_called_otherwise(runs, tmp_path):
     table.write_text(table.read_text().replace("image,mask,label", "file,lung,finding"))
     given = f"external={table},columns.image=file,columns.mask=lung,columns.label=finding"
     out = tmp_path / "out"
-    arguments = ["--split", "none", "--set", given, "--out", str(out), "--no-faithfulness"]
+    arguments = ["--split", "none", "--set", given, "--out", str(out), "--no-faithfulness", "--swap-images", "0"]
     assert main(["evaluate", str(runs / "isnet"), *arguments, *QUICK]) == 0
     subset = json.loads((out / "evaluation.json").read_text())["runs"][0]["subsets"]["external"]
     assert subset["classification"]["n"] == subset["attention"]["n"] == 12
+    assert subset["background_swap"] is None
+    assert "## Background swap" not in (out / "evaluation.md").read_text()
 
 
 def test_training_images_in_a_test_set_are_told(runs, tmp_path):
@@ -115,6 +126,7 @@ def test_a_part_of_the_images_is_said_to_be_one(runs, tmp_path):
         (["RUN", "--set", "a=x", "--set", "a=y"], "given twice"),
         (["RUN", "--split", "none"], "nothing to evaluate"),
         (["RUN", "--bootstrap", "3"], "--bootstrap must be at least 100"),
+        (["RUN", "--swap-images", "-1"], "--swap-images must be at least 0"),
         (["RUN", "--compare", "nowhere"], "nowhere"),
         (["RUN", "--out", "FILE"], "is a file"),
         (["RUN", "--deletion", "white"], "white"),

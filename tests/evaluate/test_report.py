@@ -15,6 +15,7 @@ from fisnet_cuda.evaluate.faithfulness import CURVES
 from fisnet_cuda.evaluate.figure import draw
 from fisnet_cuda.evaluate.metrics import classification
 from fisnet_cuda.evaluate.results import attention, insertion, leaves, reference
+from fisnet_cuda.evaluate.swap import BackgroundSwap
 
 
 @cache
@@ -79,6 +80,29 @@ def test_verdicts(subsets, words):
 def test_a_quiet_heatmap_is_not_taken_for_proof():
     assert "do not take it for proof" in verdict(run(subset("biased", 300, 0.97, 0.02), subset("confounded", 300, 0.5, 0.02)))
     assert "looks at the background as much as at the object" in verdict(run(subset("biased", 300, 0.97, 0.7)))
+
+
+def swapped(given, same, other, n=200):
+    swap = BackgroundSwap.of([n, same, same, other, min(same, other), n - other, 1, n / 9, n / 2], 0.5, {"alone in their class": 3})
+    return SubsetResult(**{**vars(given), "swap": swap})
+
+
+def test_the_background_swap_is_one_line_of_the_verdict_and_a_table():
+    holds, leaks = swapped(subset("test/biased", share=0.01), 196, 195), swapped(subset("external", share=0.01), 196, 140)
+    text = verdict(run(holds, subset("test/unbiased")))
+    assert "Background swap (test/biased, 200 images): accuracy holds: 98 % with another image's background of the same class" in text
+    net = run(holds, leaks, subset("other"))
+    text = verdict(net)  # what warns comes first
+    assert text.count("Background swap") == 1
+    assert "Background swap (external, 200 images): the classifier uses the background" in text
+    assert "The heatmap is quiet (" in text
+    text = Evaluation((net,)).markdown()
+    table = text.split("## Background swap")[1].split("\n## ")[0]
+    assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")] == ["subset", "test/biased", "external"]
+    assert "+28.0 (+" in table
+    assert "test/biased, external: 3 images alone in their class are left out of the background swap." in text
+    assert "+28.0" in Evaluation((net,)).summary()
+    assert "swap gap" not in Evaluation((run(subset("other")),)).summary()
 
 
 def test_what_is_compared():

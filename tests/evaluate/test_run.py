@@ -10,7 +10,7 @@ from torch import nn
 import fisnet_cuda as fc
 from fisnet_cuda.data.spec import InputSpec
 from fisnet_cuda.errors import InputError
-from fisnet_cuda.evaluate import Options, evaluate
+from fisnet_cuda.evaluate import Options, background_swap, evaluate
 from fisnet_cuda.evaluate.attention import background_share
 from fisnet_cuda.evaluate.collect import collect
 
@@ -92,11 +92,30 @@ def test_samples_for_insertion_hang_on_the_seed():
     assert len(collect(one.net, batches(), 2, keep=99).kept) == 14
 
 
+def test_backgrounds_are_swapped_as_by_hand_whatever_the_batches():
+    one = module()
+    one.net.eval()
+    (everything,) = batches(14)
+    want = background_swap(one.net, everything["image"], everything["mask"], everything["label"], has_mask=everything["has_mask"])
+    for size in (3, 14):
+        evaluation = evaluate(one, {"test": batches(size)}, bootstrap=100, faithful=Options(samples=2, steps=4, batch_size=size))
+        found = evaluation.runs[0].subsets["test"].swap
+        assert found.n == want.n == 11
+        assert (found.plain, found.same, found.other) == (want.plain, want.same, want.other)
+        assert found.shift == pytest.approx(want.shift, abs=1e-5)
+    drawn = collect(one.net, batches(4), 2, keep_masked=5).masked
+    assert len(drawn) == 5
+    assert drawn.keys() == collect(one.net, batches(3), 2, keep_masked=5).masked.keys()
+    assert all(torch.equal(x, everything["image"][i]) and torch.equal(M, everything["mask"][i]) for i, (x, M) in drawn.items())
+    assert not {3, 5, 7} & drawn.keys()
+
+
 def test_without_masks_and_without_labels():
     plain = [{key: value for key, value in batch.items() if "mask" not in key} for batch in batches()]
     subset = evaluate(module(), {"test": plain}, bootstrap=100, faithful=Options(samples=0)).runs[0].subsets["test"]
     assert subset.attention is None
     assert subset.insertion is None
+    assert subset.swap is None
     unlabelled = [{**batch, "label": torch.full_like(batch["label"], -1)} for batch in batches()]
     whole = evaluate(module(), {"test": unlabelled}, bootstrap=100, faithful=FEW)
     subset = whole.runs[0].subsets["test"]
@@ -112,6 +131,7 @@ def test_without_masks_and_without_labels():
         ({}, {}, "there is no subset"),
         ({"test": batches()}, {"bootstrap": 10}, "at least 100"),
         ({"test": batches()}, {"tolerance": -1}, "tolerance"),
+        ({"test": batches()}, {"swap_images": -1}, "swap_images"),
     ],
 )
 def test_what_cannot_be_evaluated(loaders, options, words):
@@ -135,3 +155,33 @@ def test_progress_goes_to_standard_error(capsys):
     assert out == ""
     assert "14 images" in err
     assert "insertion and deletion" in err
+
+
+def test_a_shortcut_that_hides_below_epsilon_is_found_by_the_swap_alone():
+    """The mark outweighs the object three to one, by an activation of 1e-5: the heatmap shows nothing of it."""
+    n, labels = 120, torch.arange(120) % 2
+    x, M = torch.zeros(n, 1, 8, 8), torch.zeros(n, 1, 8, 8)
+    M[:, :, 2:6, 2:6] = 1
+    x[torch.arange(n), 0, 3, 3 + labels] = x[torch.arange(n), 0, 7, labels] = 1
+    data = {"image": x, "label": labels, "mask": M, "has_mask": torch.ones(n, dtype=torch.bool), "index": torch.arange(n)}
+    first, last = nn.Linear(64, 4, bias=False), nn.Linear(4, 2, bias=False)
+    with torch.no_grad():
+        first.weight.zero_(), last.weight.zero_()
+        for c in range(2):
+            first.weight[c, 3 * 8 + 3 + c], first.weight[2 + c, 7 * 8 + c] = 1, 1e-5
+            last.weight[c, c], last.weight[c, 2 + c] = 1, 3e5
+    model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), last)
+
+    def measured(eps):
+        net = fc.ISNet(model, variant="selective", first_layer="epsilon", eps=eps)
+        whole = evaluate(SimpleNamespace(net=net, spec=SPEC), {"test": [data]}, bootstrap=100, faithful=Options(samples=0))
+        return whole.runs[0].subsets["test"], whole.verdicts()[0]
+
+    subset, said = measured(fc.rules.Epsilon(0.01))
+    assert subset.attention.share.value < 0.01
+    assert (subset.swap.plain.value, subset.swap.same.value, subset.swap.other.value) == (1, 1, 0)
+    assert "the classifier uses the background" in said
+    assert "The heatmap is quiet (0.3 % of its relevance in the background) but the classifier is not clean" in said
+    subset, said = measured(fc.rules.Epsilon(1e-4, relative=True))
+    assert subset.attention.share.value > 0.2
+    assert "quiet" not in said

@@ -47,7 +47,7 @@ def test_two_processes_measure_as_one(one, two):
     rows = [list(csv.DictReader(io.StringIO((run / "metrics.csv").read_text()))) for run in (one, two)]
     for a, b in zip(*rows, strict=True):
         assert a.keys() == b.keys()
-        assert {"train/loss", "train/heatmap", "val/loss", "val/auroc", "val/heatmap", "train/mean"} <= a.keys()
+        assert {"train/loss", "train/heatmap", "val/loss", "val/auroc", "val/heatmap", "val/swap_other", "train/mean"} <= a.keys()
         for name in a.keys() - {"seconds", "train/max"}:  # the largest loss of a batch is of another batch
             assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-6), name
 
