@@ -1,7 +1,7 @@
-"""What the ISNets are compared with: four other ways to use masks of the foreground, written from their papers.
+"""What the ISNets are compared with: five other ways to use masks of the foreground, written from their papers.
 
-``masked`` and ``segmented`` hide the background from the classifier; ``rrr`` and ``gradcam`` add a loss on an explanation to the cross
-entropy, weighted by `Setting.strength`, and need no mask at test.
+``masked`` and ``segmented`` hide the background from the classifier; ``rrr``, ``gradcam`` and ``hirescam`` add a loss on an
+explanation to the cross entropy, weighted by `Setting.strength`, and need no mask at test.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class UNet(nn.Module):
     Args:
         channels: of the images.
         size: their height and width: they set the depth (1 to 4 poolings; 2 at 56 pixels, 3 at 96).
-        width: of the first level; by default 8 up to 64 pixels, else 16.
+        width: of the first level; by default 8 up to 128 pixels, else 16.
 
     Example:
         >>> UNet(1, (56, 56)).eval()(torch.rand(2, 1, 56, 56)).shape
@@ -125,7 +125,7 @@ class UNet(nn.Module):
     def __init__(self, channels: int, size: tuple[int, int], width: int | None = None) -> None:
         super().__init__()
         depth = min(max(int(math.log2(max(min(size), 12) / 12)), 1), 4)
-        width = width or (8 if max(size) <= 64 else 16)
+        width = width or (8 if max(size) <= 128 else 16)
         widths = [width * 2**level for level in range(depth + 1)]
         self.down = nn.ModuleList(self._level(c_in, c_out) for c_in, c_out in zip([channels, *widths], widths))
         self.up = nn.ModuleList(self._level(2 * w + w, w) for w in reversed(widths[:-1]))
@@ -205,15 +205,30 @@ class GradCAM(System):
     is the last convolutional activation's: the last layer that the net's deep supervision looks at.
     """
 
+    averaged = True
+
     def loss(self, batch: Images) -> tuple[Tensor, Mapping[str, Tensor]]:
         layer = self.model.get_submodule(supervised(self.setting.net)[-1])
-        logits, cam = grad_cam(self.model, layer, batch.images, batch.labels)
+        logits, cam = grad_cam(self.model, layer, batch.images, batch.labels, self.averaged)
         classification, attention = F.cross_entropy(logits, batch.labels), background_part(cam, batch.masks).mean()
         loss = classification + self.setting.strength * attention
         return loss, {"classification": classification.detach(), "attention": attention.detach()}
 
 
-def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+@system("hirescam")
+class HiResCAM(GradCAM):
+    """The same with HiResCAM (Draelos and Carin 2020, arXiv 2011.08891): every position keeps its own gradient.
+
+    Before a linear layer that sees every position, gradients averaged over positions say little of the logit, and a net can make
+    Grad-CAM's map look at the object while it decides by the background; here the map's sum is the logit's part, exactly.
+    """
+
+    averaged = False
+
+
+def grad_cam(
+    model: nn.Module, layer: nn.Module, images: Tensor, labels: Tensor, averaged: bool = True
+) -> tuple[Tensor, Tensor]:
     """Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391, equations 1 and 2) of the labels' logits, to be trained through.
 
     ``relu(sum_k alpha_k A_k)``, ``alpha_k`` = mean over positions of ``d logit / d A_k``; A the layer's output.
@@ -223,6 +238,7 @@ def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, labels: Tensor)
         layer: one of its modules, called once in a forward, with an output ``[N, K, h, w]``; nothing behind it may mix samples.
         images: ``[N, C, H, W]``.
         labels: ``[N]`` int64: whose logit is explained.
+        averaged: False keeps ``d logit / d A_k`` of each position in alpha's place: HiResCAM.
 
     Returns:
         Logits and maps ``[N, 1, h, w]`` >= 0 in units of the logit; both can be differentiated.
@@ -245,7 +261,8 @@ def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, labels: Tensor)
         raise ValueError(f"layer must be called once in a forward, and it was called {len(outputs)} times")
     (A,) = outputs
     (gradient,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), A, create_graph=True)
-    return logits, F.relu((gradient.mean((2, 3), keepdim=True) * A).sum(1, keepdim=True))
+    alpha = gradient.mean((2, 3), keepdim=True) if averaged else gradient
+    return logits, F.relu((alpha * A).sum(1, keepdim=True))
 
 
 def background_part(cam: Tensor, masks: Tensor) -> Tensor:

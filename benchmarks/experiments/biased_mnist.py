@@ -113,7 +113,7 @@ def load(path: str, train: int = 20_000, test: int = 2_000) -> Task:
 STRENGTHS = {"rrr": 10.0, "gradcam": 1.0}  # chosen among equally many values as P and d of the ISNets
 SYSTEMS = (
     ("standard", False), *((name, deep) for name in ISNETS for deep in (False, True)),
-    ("masked", False), ("segmented", False), ("rrr", False), ("gradcam", False),
+    ("masked", False), ("segmented", False), ("rrr", False), ("gradcam", False), ("hirescam", False),
 )  # fmt: skip
 
 

@@ -86,6 +86,7 @@ TITLES = {
     "standard": "standard", "original": "Original ISNet", "selective": "Selective ISNet", "stochastic": "Stochastic ISNet",
     "dual": "Dual ISNet", "contrast": "Contrast ISNet (ours)", "masked": "input masked by the true mask",
     "segmented": "segmentation net, then classifier", "rrr": "RRR (input gradients)", "gradcam": "Grad-CAM attention loss",
+    "hirescam": "HiResCAM attention loss",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import benchmarks
 from benchmarks.experiments.baselines import (
     RRR,
     GradCAM,
+    HiResCAM,
     Masked,
     Segmented,
     UNet,
@@ -30,7 +31,7 @@ from benchmarks.experiments.nets import NETS, build_net, supervised
 from benchmarks.experiments.systems import SYSTEMS, Setting, build
 from benchmarks.experiments.tasks import Images, Task
 
-BASELINES = {"masked": Masked, "segmented": Segmented, "rrr": RRR, "gradcam": GradCAM}
+BASELINES = {"masked": Masked, "segmented": Segmented, "rrr": RRR, "gradcam": GradCAM, "hirescam": HiResCAM}
 SMALL_NETS = ("convnet", "convnet_bn", "poolnet", "small")
 SIZE = 24
 
@@ -96,7 +97,7 @@ class TestTraining:
         trained = fit(setting(name, steps=steps), task).system.model
         assert all((a != b).any() for a, b in zip(start, trained.parameters()))
 
-    @pytest.mark.parametrize("name", ["rrr", "gradcam"])
+    @pytest.mark.parametrize("name", ["rrr", "gradcam", "hirescam"])
     def test_strength_0_is_the_standard_net(self, task, name):
         plain, other = (fit(setting(s, "convnet_bn", strength=0.0), task).system.model.state_dict() for s in ("standard", name))
         for key, value in plain.items():
@@ -224,6 +225,17 @@ class TestInputGradients:
     def test_a_foreground_everywhere_costs_nothing(self, task):
         model = build_net("convnet", 2, 1, (SIZE, SIZE), 0)
         assert input_gradient_penalty(model, task.train.images, torch.ones_like(task.train.masks))[1] == 0
+
+
+class TestHiResCAM:
+    def test_before_a_linear_layer_the_map_is_the_logits_parts(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2, bias=False))
+        x, labels = torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 1, 0, 1])
+        parts = model[3].weight[labels].view(5, 3, 2, 2) * model[1](model[0](x))
+        _, cam = grad_cam(model, model[1], x, labels, averaged=False)
+        assert torch.allclose(cam, parts.sum(1, keepdim=True).relu(), atol=1e-6)
+        assert not torch.allclose(cam, grad_cam(model, model[1], x, labels)[1], atol=1e-3)
 
 
 class TestGradCAM:
