@@ -218,7 +218,7 @@ STRENGTHS = {"rrr": 10.0, "gradcam": 1.0}
 ISNET_ROWS = (
     ("original", False), ("selective", False), ("stochastic", False), ("dual", False), ("contrast", False),
 )  # fmt: skip
-BASELINES = ("masked", "segmented", "rrr", "gradcam")
+BASELINES = ("masked", "segmented", "rrr", "gradcam", "hirescam")
 NAMES = ("standard", *ISNETS, *BASELINES)
 
 
@@ -289,7 +289,8 @@ NOTES = (
     "means that the disease was not learned.",
 )
 
-STYLES = {"auroc_same": ("#6B6B6B", "o"), "auroc_swapped": ("#D55E00", "D")}
+STYLES = {"auroc_same": ("#6B6B6B", "o"), "auroc_within": ("#0072B2", "s"), "auroc_swapped": ("#D55E00", "D")}
+SERIES = {"auroc_same": "pairing of the training", "auroc_within": "within one hospital", "auroc_swapped": "swapped pairing"}
 CONTROLS = {
     "background": "control: standard, lungs blacked out", "outline": "control: standard, sees the lungs' outline only",
     "fair": "control: standard, trained without the shortcut",
@@ -303,20 +304,20 @@ def title(group: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
-    """AUC of every seed on the two pairings, and the background share."""
+    """AUC of every seed on the two pairings and within a hospital, and the background share."""
     groups = list(by(rows, "view", "system", "deep").values())
     figure = Figure(figsize=(10, 0.42 * len(groups) + 1.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     dots(left, [(title(g), {name: values(g, name) for name in STYLES}) for g in groups], STYLES)
     dots(right, [(title(g), {"share": values(g, "share")}) for g in groups], {"share": ("#6B6B6B", "o")})
     left.axvline(50, color="#888888", linewidth=0.8, linestyle="--", zorder=1)
-    left.set_xlabel("AUC, % (far right is good, and both together; swapped below 50: the hospital still decides)")
+    left.set_xlabel("AUC, % (good: all three far right, together)\nswapped below 50: the hospital still decides")
     right.set_xlabel("relevance in the background, %\n(0: looks at the lungs only)")
     left.set_xlim(-2, 102)
     right.set_xlim(-2, 102)
-    for name, label in (("auroc_same", "pairing of the training"), ("auroc_swapped", "swapped pairing")):
-        left.plot([], [], STYLES[name][1], color=STYLES[name][0], label=label)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    for name, (colour, marker) in STYLES.items():
+        left.plot([], [], marker, color=colour, label=SERIES[name])
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return save(figure, path)
 
 
