@@ -226,14 +226,30 @@ HEATMAPS = {
     "selective": {"P": 0.7, "w1": 1.0, "w2": 0.1}, "contrast": {"P": 0.7, "w1": 1.0, "w2": 0.1},
 }  # fmt: skip
 STRENGTHS = {"rrr": 10.0, "gradcam": 1.0}
+TUNED_ON = 100  # a seed of which nothing is reported
+TRIED = {  # as many values for each system that has a weight to choose
+    **{name: [{"P": 0.7}, {"P": 0.8}, {"P": 0.9}, {"P": 0.8, "w2": 0.1}] for name in ("original", "stochastic")},
+    **{name: [{"P": 0.7, "w2": 0.1}, {"P": 0.8, "w2": 0.1}, {"P": 0.9, "w2": 0.1}, {"P": 0.8}] for name in ("selective", "contrast")},
+    "dual": [{"P": 0.8}, {"P": 0.9, "w1": 5.0}, {"P": 0.8, "w2": 0.1}, {"P": 0.9, "w2": 0.1}],
+    **{name: [{"strength": value} for value in (0.1, 1.0, 10.0, 100.0)] for name in ("rrr", "gradcam", "hirescam")},
+}
 BASELINES = ("masked", "segmented", "rrr", "gradcam", "hirescam")
 NAMES = ("standard", *ISNETS, *BASELINES)
 
 
-def jobs(run: Run, systems: Sequence[str] = ()) -> list[Row]:
-    """All trainings of the experiment, or those of some systems: settings with the view that they are trained on."""
+def jobs(run: Run, systems: Sequence[str] = (), tune: bool = False) -> list[Row]:
+    """All trainings of the experiment, or those of some systems: settings with the view that they are trained on.
+
+    Args:
+        run: the sizes and seeds.
+        systems: only these; none: all.
+        tune: instead, the values of `TRIED`, each with `TUNED_ON`.
+    """
     steps = run.pick(4, 1200, 4000)
     common = {"net": "convnet", "steps": steps, "batch": 32, "lr": 0.08}
+    if tune:
+        trials = [Setting(name, seed=TUNED_ON, **common, **values) for name, tried in TRIED.items() for values in tried]
+        return [{**as_row(setting), "view": "shortcut"} for setting in trials if not systems or setting.system in systems]
     plan = [("shortcut", Setting("standard", **common))]
     plan += [("shortcut", Setting(name, **common, **HEATMAPS[name])) for name in ISNETS]
     plan += [("shortcut", Setting(name, strength=STRENGTHS.get(name, 1.0), **common)) for name in BASELINES]
@@ -331,22 +347,49 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     return save(figure, path)
 
 
+def tuning(path: Path, rows: Sequence[Row]) -> int:
+    """The page of ``--tune``: what was tried, the best of each system first by the mean AUC of both pairings.
+
+    A net that tells the hospital has 100 and 0, one that tells the hospital the wrong way round 0 and 100, one that guesses 50 and 50,
+    one that tells the disease more than 50 on average.
+    """
+
+    def best(row: Row) -> float:
+        return sum(values([row], f"auroc_{pairing}")[0] for pairing in ("same", "swapped")) / 2
+
+    ordered = [row for group in by(rows, "system").values() for row in sorted(group, key=best, reverse=True)]
+    columns = {
+        "system": title,
+        "setting": lambda g: ", ".join(f"{key} {g[0][key]:g}" for key in ("P", "w1", "w2", "strength")),
+        "mean AUC of both pairings": lambda g: f"{best(g[0]):.1f}",
+        **{name: lambda g, c=column: mean_spread(g, c) for name, column in (
+            ("AUC same", "auroc_same"), ("swapped", "auroc_swapped"), ("within a hospital", "auroc_within"),
+            ("background share", "share"), ("swap gap", "swap_gap"))},
+    }  # fmt: skip
+    command = "python -m benchmarks.experiments.chest_xray --data cxr_tb --tune"
+    body = table(columns, [[row] for row in ordered])
+    print(write_page(path.with_suffix(".md"), "Chest X-rays: settings tried", command, rows, body, NOTES[-2:-1]).read_text())
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     p = parser(__doc__, seeds=5)
     p.add_argument("--data", required=True, help="folder with labels.csv (file,site,label), images/ and masks/")
     p.add_argument("--size", type=int, default=SIZE, help=f"height and width the images are shrunk to ({SIZE})")
     p.add_argument("--systems", nargs="+", default=(), choices=NAMES, metavar="SYSTEM", help="only these (and what the file holds)")
+    p.add_argument("--tune", action="store_true", help="try values of each system's weight, with another seed")
     options, run = parse(p, arguments)
     if options.size < 16:
         p.error(f"argument --size: at least 16, got {options.size}")
-    path = run.path("chest_xray" + ("" if options.size == SIZE else f"-{options.size}"), ".csv")
+    name = "chest_xray" + ("-tuning" if options.tune else "") + ("" if options.size == SIZE else f"-{options.size}")
+    path = run.path(name, ".csv")
     given = {"data": str(options.data), "device": run.device, "size": options.size}
     if run.draw:
         rows = read_rows(path)
     else:
         read_folder(given["data"], options.size)  # a wrong --data is told before processes start
-        todo = jobs(run, options.systems)
+        todo = jobs(run, options.systems, options.tune)
         rows = run_jobs(path, todo, one, given, processes=run.processes, threads=run.threads, device=run.device, label="chest X-rays")
     columns = {
         "system": title,
@@ -358,6 +401,8 @@ def main(arguments: list[str] | None = None) -> int:
         "background share": lambda g: mean_spread(g, "share"),
         "swap gap": lambda g: mean_spread(g, "swap_gap"),
     }
+    if options.tune:
+        return tuning(path, rows)
     body = table(columns, list(by(rows, "view", "system", "deep").values()))
     command = "python -m benchmarks.experiments.chest_xray --data cxr_tb"
     command += (f" --size {options.size}" if options.size != SIZE else "") + {"small": ""}.get(run.scale, f" --{run.scale}")
