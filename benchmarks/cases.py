@@ -13,7 +13,7 @@ import fisnet_cuda as fc
 from benchmarks.models import build
 
 PLAIN = "plain"
-VARIANTS = ("selective", "stochastic", "dual", "original")
+VARIANTS = ("selective", "stochastic", "contrast", "dual", "original")
 DOUBLE_BACKWARD = "double_backward"
 CASES = (PLAIN, *VARIANTS, DOUBLE_BACKWARD)
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")

@@ -1,7 +1,8 @@
 """How does the time of a training step grow with the number of classes?
 
-Selective, Stochastic and Dual make one or two heatmaps a sample: their step may grow as a plain step does, whose
-last layer grows, and no more. Original makes a heatmap for every class: its time must grow linearly, not faster.
+Selective, Stochastic, Contrast (this project's own) and Dual make one or two heatmaps a sample: their step may grow
+as a plain step does, whose last layer grows, and no more. Original makes a heatmap for every class: its time must
+grow linearly, not faster.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks import common, figures, verify
 from benchmarks.cases import PLAIN, Setup, TrainingStep
 from benchmarks.common import Bar, Report, Spread, Times, cell
 
-CONSTANT, ORIGINAL = ("selective", "stochastic", "dual"), "original"
+CONSTANT, ORIGINAL = ("selective", "stochastic", "contrast", "dual"), "original"
 EXPONENT = 1.1  # of Original's time over the number of classes; 1 is linear
 COUNTS = [2, 10, 100, 1000]
 

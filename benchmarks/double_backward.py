@@ -127,7 +127,8 @@ class DoubleBackward(nn.Module):
         Args:
             x: images ``[N, 3, H, W]`` in [0, 1].
             relevance: also explain.
-            target: explain these classes' logits ``[N]`` instead of Selective's eta of the lowest logit.
+            target: explain these classes' logits ``[N]``, or with floating-point weights ``[N, C]`` the sum of all logits times
+                them, instead of Selective's eta of the lowest logit.
         """
         if not relevance:
             return self.model(x)
@@ -140,7 +141,10 @@ class DoubleBackward(nn.Module):
             y0, mean, rstd = self.stem.seen
             self.stem.seen = None
             index = logits.argmin(1) if target is None else target
-            explained = _eta(logits, index, self.eta_eps) if target is None else _at(logits, index)
+            if index.is_floating_point():
+                explained, index = (index * logits).sum(1), torch.full_like(logits[:, 0], -1, dtype=torch.long)
+            else:
+                explained = _eta(logits, index, self.eta_eps) if target is None else _at(logits, index)
             start = x if self.first_layer == "epsilon" else y0
             self.switch.relevance = True
             try:

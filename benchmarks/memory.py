@@ -113,7 +113,7 @@ def arguments() -> argparse.ArgumentParser:
     p.add_argument("--models", nargs="+", default=["resnet18", "densenet121"])
     p.add_argument(
         "--cases", nargs="+", choices=CASES[1:],
-        default=["selective", "stochastic", "dual", "original", DOUBLE_BACKWARD],
+        default=["selective", "stochastic", "contrast", "dual", "original", DOUBLE_BACKWARD],
     )  # fmt: skip
     p.add_argument("--classes", type=int, default=10)
     p.add_argument("--batch", type=int, default=4)

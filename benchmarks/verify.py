@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fisnet_cuda as fc
 from benchmarks.cases import DOUBLE_BACKWARD, PLAIN, Setup, explainer
+from fisnet_cuda.isnet.variants import draw_contrast
 
 MAPS, GRADIENTS = 1e-8, 1e-6  # relative errors that float64 rounding stays below
 
@@ -19,7 +20,7 @@ def training_cases(setup: Setup, cases: Iterable[str]) -> dict[str, str]:
 
     The baseline knows nothing of the relevance program: its maps come from ``torch.autograd.grad``. Selective must
     give the same heatmaps and the same gradients of the whole loss; Stochastic the baseline's maps of the classes
-    that it drew; Original's maps and Dual's epsilon map sum to the baseline's maps of all classes.
+    that it drew, and Contrast of the weights; Original's maps and Dual's epsilon map sum to the baseline's maps of all classes.
 
     Args:
         setup: the network; checked at 64 pixels and 2 images, in train mode.
@@ -40,8 +41,10 @@ def training_cases(setup: Setup, cases: Iterable[str]) -> dict[str, str]:
         net = explainer(case, _double(setup))
         out = _seeded(lambda net=net: net(x, relevance=True))
         problems = _differs("logits", out.logits, logits, MAPS)
-        if case in ("selective", "stochastic"):
+        if case in ("selective", "stochastic", "contrast"):
             target = out.explained[:, 0] if case == "stochastic" else None
+            if case == "contrast":  # as `explainer` seeds it
+                target = draw_contrast(out.logits.detach(), False, torch.Generator(x.device).manual_seed(0))
             same = _seeded(lambda target=target: baseline(x, relevance=True, target=target))
             problems += _differs("heatmaps", out.heatmaps, same.heatmaps, MAPS)
             mine, theirs = (_gradients(module, o, labels, masks) for module, o in ((net, out), (baseline, same)))

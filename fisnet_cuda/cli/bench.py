@@ -23,7 +23,7 @@ from .nets import _positive, add_backbone_arguments, build
 __all__ = ["add_arguments", "measure", "run", "text"]
 
 PLAIN, FORWARD, HEATMAP = "plain step", "forward", "heatmap"
-VARIANTS = ("selective", "stochastic", "dual", "original")
+VARIANTS = ("selective", "stochastic", "contrast", "dual", "original")
 PRECISIONS = {"32": None, "tf32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 SLOW = 3  # original, with a map a class, takes part in every third round only
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backbone", nargs="?", default="resnet18", help="an import path, or a net of this package [%(default)s]")
     add_backbone_arguments(parser, 224)
     parser.add_argument("-b", "--batch-size", type=_positive, default=8, help="images a step [%(default)s]")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS[:3]), help="which ISNets [%(default)s]")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS[:-1]), help="which ISNets [%(default)s]")
     parser.add_argument("--rounds", type=_positive, default=20, help="how often each is timed [%(default)s]")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="[the GPU where there is one]")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="32", help="as in fit [%(default)s]")

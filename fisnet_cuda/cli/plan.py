@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .nets import add_backbone_arguments, build
 
-VARIANTS = ("selective", "stochastic", "dual", "original")
+VARIANTS = ("selective", "stochastic", "contrast", "dual", "original")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

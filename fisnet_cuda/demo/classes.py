@@ -1,7 +1,7 @@
 """How the time of a training step grows with the number of classes.
 
-A heatmap for every class (Original) costs more with every class. Selective, Stochastic and Dual make one or
-two heatmaps a sample, whatever the number of classes: their step may grow only as much as a plain training
+A heatmap for every class (Original) costs more with every class. Selective, Stochastic, Dual and Contrast make
+one or two heatmaps a sample, whatever the number of classes: their step may grow only as much as a plain training
 step does, whose last layer grows too.
 """
 
@@ -19,7 +19,7 @@ from fisnet_cuda.progress import Progress
 from fisnet_cuda.timing import interleaved
 
 PLAIN = "plain"
-VARIANTS = ("original", "selective", "stochastic", "dual")
+VARIANTS = ("original", "selective", "stochastic", "dual", "contrast")
 ORIGINAL_EVERY = 3  # the one slow kind runs in every third repetition only
 
 
@@ -41,7 +41,7 @@ def measure(
     batch_size: int = 8,
     size: int = 32,
 ) -> list[StepTime]:
-    """Times training steps of a plain net and of the four ISNets, side by side.
+    """Times training steps of a plain net and of all ISNets, side by side.
 
     For each number of classes, all nets are timed in turn within each repetition, in one process: whatever
     else the machine is doing hits them alike.

@@ -24,6 +24,7 @@ KIND_COLOURS = {
     "original": VERMILION,
     "selective": ORANGE,
     "stochastic": BLUE,
+    "contrast": PURPLE,
     "dual": GREEN,
 }
 KIND_TEXTS = {
@@ -31,6 +32,7 @@ KIND_TEXTS = {
     "original": "Original, a heatmap per class",
     "selective": "Selective, 1 heatmap",
     "stochastic": "Stochastic, 1 heatmap",
+    "contrast": "Contrast (ours), 1 heatmap",
     "dual": "Dual, 2 heatmaps",
 }
 MARK_COLOURS: dict[Marks, str] = {"biased": "#BDBDBD", "unbiased": SKY, "confounded": PURPLE}

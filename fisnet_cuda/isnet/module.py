@@ -16,7 +16,7 @@ from ..errors import FisnetWarning
 from ..graph import Plan, Program, StreamSpec, build_graphs
 from ..ops.linear_maps import _autocasting
 from ..rules import ZB, Epsilon, Rule, RuleMap, ZPlus, resolve
-from .variants import SELECT, VARIANTS, draw_class, eta_gradient, one_hot, select_class
+from .variants import SELECT, VARIANTS, draw_class, draw_contrast, eta_gradient, one_hot, select_class
 
 CHECKS = ("first", "always", "never")
 Bound = float | Iterable[float] | Tensor
@@ -53,11 +53,16 @@ class ISNet(nn.Module):
     "selective"     1    eta of the lowest logit's class, ``log(P_c + t) - log(1 - P_c + t)``
     "stochastic"    1    the top logit or, with probability 1/2, another one, drawn for each sample
     "dual"          2    all logits at once: map 0 by z+, map 1 by epsilon
+    "contrast"      1    a random contrast of the logits, ``v . logits``, drawn for each sample: ours, in neither paper
     ==============  ===  ==============================================================================================
+
+    Contrast: ``v`` is uniform among the unit vectors with zero sum, all that softmax depends on. Its map is ``sum_c v_c R_c``
+    over the maps of the classes, and the square of it an unbiased estimate of ``sum_c (R_c - mean R)^2 / (C - 1)``: one map a
+    step speaks for all classes, where Stochastic sees one of them. See `variants.draw_contrast`.
 
     Args:
         model: a classifier ``[N, C_in, ...] -> logits [N, C]`` of supported layers (``fisnet_cuda.supported()``).
-        variant: "original", "selective", "stochastic" or "dual".
+        variant: "original", "selective", "stochastic", "dual" or "contrast".
         eps: epsilon of the epsilon rule (absolute, in units of a pre-activation), or an `Epsilon` rule, for instance
             ``Epsilon(1e-2, relative=True)``. Dual's z+ map uses the same number.
         eta_eps: ``t`` of Selective's eta.
@@ -67,8 +72,9 @@ class ISNet(nn.Module):
         supervise: names of layers whose inner maps are wanted too (deep supervision): module paths or names from `plan`.
         rules: overrides the rules of the epsilon map: a rule, a preset's name, a mapping {layer: rule} or a `RuleMap`.
         backend: "auto" (by the tensors' device), "reference" or "cuda".
-        generator: for the random draws of "stochastic" and ``select="random"``; lives on the logits' device.
-        multilabel: the head has independent sigmoid outputs: "selective" explains logits instead of eta.
+        generator: for the random draws of "stochastic", "contrast" and ``select="random"``; lives on the logits' device.
+        multilabel: the head has independent sigmoid outputs: "selective" explains logits instead of eta, and "contrast" draws
+            ``v`` from all unit vectors.
         example_input: one batch of the right shape; only for models that need torch.export to be traced.
         max_map_bytes: memory that the maps of one chunk may take ("original" folds classes into the batch, in chunks);
             None folds all of them at once. With gradients, each chunk is recomputed in the backward to keep the bound.
@@ -203,6 +209,9 @@ class ISNet(nn.Module):
             everything = torch.full((n, 2), -1, device=logits.device, dtype=torch.long)
             return everything, {"z+": None, "epsilon": logits.new_ones(n, 1, classes, dtype=wide)}
         detached = logits.detach()
+        if self.variant == "contrast":
+            everything = torch.full((n, 1), -1, device=logits.device, dtype=torch.long)
+            return everything, {"epsilon": draw_contrast(detached, self.multilabel, self.generator).unsqueeze(1)}
         if self.variant == "original":
             index = torch.arange(classes, device=logits.device).expand(n, classes)
         elif self.variant == "selective":

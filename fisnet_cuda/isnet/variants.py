@@ -1,7 +1,7 @@
-"""What is explained: the start of relevance at the logits, for the four variants and for a given target.
+"""What is explained: the start of relevance at the logits, for the variants and for a given target.
 
-All on the device and without a host sync: nothing here looks at a value. Sections 3 of semantics.md; Faster ISNet, arXiv
-2401.08409.
+All on the device and without a host sync: nothing here looks at a value. Section 3 of semantics.md; Faster ISNet, arXiv
+2401.08409. Contrast is this project's own and in neither paper.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops.head import eta_start
 from ..reference.head import one_hot as one_hot
 
-VARIANTS = ("original", "selective", "stochastic", "dual")
+VARIANTS = ("original", "selective", "stochastic", "dual", "contrast")
 SELECT = ("lowest", "random", "top")
 
 
@@ -64,9 +64,19 @@ def other_class(top: Tensor, classes: int, generator: torch.Generator | None) ->
 
 
 def _randint(low: int, high: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    _check_generator(generator, like)
+    return torch.randint(low, high, like.shape, generator=generator, device=like.device)
+
+
+def _gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Always float32, so that a seed means the same draw whatever the model's dtype."""
+    _check_generator(generator, like)
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=torch.float32)
+
+
+def _check_generator(generator: torch.Generator | None, like: Tensor) -> None:
     if generator is not None and generator.device != like.device:
         raise ValueError(f"generator is on {generator.device} and the logits are on {like.device}: make it there")
-    return torch.randint(low, high, like.shape, generator=generator, device=like.device)
 
 
 def select_class(logits: Tensor, select: str, generator: torch.Generator | None) -> Tensor:
@@ -85,3 +95,44 @@ def draw_class(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     top = logits.argmax(1)
     other = other_class(top, logits.shape[1], generator)
     return torch.where(_randint(0, 2, top, generator) == 0, top, other)
+
+
+def draw_contrast(logits: Tensor, multilabel: bool, generator: torch.Generator | None) -> Tensor:
+    """The weights ``v`` of the logits that Contrast ISNet explains, ``v . logits``: one random direction for each sample.
+
+    Ours, in neither paper. Softmax depends on the logits only through contrasts, combinations with zero sum: ``v`` is uniform on
+    the unit sphere of those, a Gaussian minus its mean over its norm. LRP-epsilon is linear in its start, so the map of ``v .
+    logits`` is ``R_v = sum_c v_c R_c`` over the maps ``R_c`` of the classes; and with ``E[v v^T] = (I - 1 1^T / C) / (C - 1)``::
+
+        E[R_v^2] = 1 / (C - 1)  sum_c (R_c - mean_c R_c)^2
+
+    so one map estimates the squared relevance of all classes without bias, as Hutchinson's estimator does a trace. Two classes
+    leave ``v = +-(1, -1) / sqrt(2)``: the decision itself.
+
+    Args:
+        logits: ``[N, C]``; their shape, device and dtype count, not their values.
+        multilabel: independent sigmoids depend on each logit: ``v`` is uniform on the whole unit sphere, ``E[v v^T] = I / C``.
+        generator: of the draw, on the logits' device.
+
+    Returns:
+        ``[N, C]``, float32 or wider, without a gradient; all ones where there is one class, whose logit is then explained.
+
+    Raises:
+        ValueError: the generator is on another device.
+
+    Example:
+        >>> import torch
+        >>> v = draw_contrast(torch.zeros(3, 5), False, torch.Generator().manual_seed(0))
+        >>> bool((v.sum(1).abs() < 1e-6).all()), v.norm(dim=1)
+        (True, tensor([1., 1., 1.]))
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if logits.shape[1] == 1:
+        return torch.ones_like(logits, dtype=wide)
+    drawn = _gaussian(logits, generator)
+    # equal numbers have no contrast: should they be drawn, they are given one, so that the norm is never 0
+    drawn[:, :1] += (drawn == drawn[:, :1]).all(1, keepdim=True)
+    v = drawn.double()  # numbers that are almost equal keep a zero sum
+    if not multilabel:
+        v = v - v.mean(1, keepdim=True)
+    return (v / torch.linalg.vector_norm(v, dim=1, keepdim=True)).to(wide)

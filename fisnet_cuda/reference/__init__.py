@@ -26,6 +26,8 @@ Sources
 * Montavon et al., Layer-wise relevance propagation: an overview, 2019: gamma, canonical form with BatchNorm folded.
 * Bassi, Dertkigil, Cavalli, Improving deep neural network generalization ... ISNet, Nature Communications 15:291, 2024.
 * Bassi, Decherchi, Cavalli, Faster ISNet, arXiv 2401.08409: Dual, Selective and Stochastic; the gradient form of epsilon.
+* Hutchinson, A stochastic estimator of the trace of the influence matrix ..., Communications in Statistics, 1989: the idea
+  behind Contrast, which is this project's own.
 """
 
 from .batch_norm import affine_scale_shift, bn_act, bn_act_backward

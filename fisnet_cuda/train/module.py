@@ -27,7 +27,7 @@ from .scores import HEATMAP_TERMS, Mean, Scores
 
 __all__ = ["OPTIMIZERS", "SCHEDULES", "VARIANTS", "ISNetModule"]
 
-VARIANTS = ("stochastic", "selective", "dual", "original", "standard")
+VARIANTS = ("stochastic", "selective", "dual", "original", "contrast", "standard")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("none", "cosine", "step", "plateau")
 STATE = "isnet"  # the checkpoint's entry for what is neither a weight nor a setting
@@ -42,8 +42,9 @@ class ISNetModule(pl.LightningModule):
     ``has_mask`` bool ``[N]``, ``label`` int64 ``[N]`` (-1: not known; such samples train the heatmap only) and ``index`` int64 ``[N]``.
 
     Logits and heatmaps are computed by ``self.net`` inside `training_step`, so DDP, autocast, GradScaler and ``torch.compile`` see an
-    ordinary forward. Every random draw of a step (augmentation, dropout, Stochastic's class) is a function of the seed, the epoch, the
-    batch's number in it and the process's rank: training goes on bit by bit the same wherever it was stopped and resumed.
+    ordinary forward. Every random draw of a step (augmentation, dropout, Stochastic's class, Contrast's weights) is a function of
+    the seed, the epoch, the batch's number in it and the process's rank: training goes on bit by bit the same wherever it was stopped
+    and resumed.
 
     In a checkpoint the model's own ``state_dict`` is found under "net."; settings are plain numbers, texts, lists and dicts.
 
@@ -52,7 +53,8 @@ class ISNetModule(pl.LightningModule):
         backbone: import path of what makes the classifier, "package.module.callable" or "file.py:callable" (see `build_backbone`).
         backbone_args: its keyword arguments.
         weights: a file with a ``state_dict`` to start from.
-        variant: "stochastic", "selective", "dual" or "original" (see `ISNet`); "standard": the plain classifier, no heatmap loss.
+        variant: "stochastic", "selective", "dual" or "original" of the papers, or "contrast", ours (see `ISNet`); "standard": the
+            plain classifier, no heatmap loss.
         eps: epsilon of LRP-epsilon, in units of a pre-activation, or of its scale with ``relative_eps``.
         relative_eps: epsilon is relative to the scale of each layer's pre-activations.
         eta_eps: ``t`` of Selective's eta.

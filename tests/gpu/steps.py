@@ -12,7 +12,7 @@ import fisnet_cuda as fc
 from benchmarks import models
 from fisnet_cuda import nets
 
-VARIANTS = ("selective", "stochastic", "dual", "original")
+VARIANTS = ("selective", "stochastic", "contrast", "dual", "original")
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # small nets of every kind of graph, and torchvision's ResNet-18; where there is dropout, it draws the same every time
 SMALL = golden_nets.NAMES

@@ -20,6 +20,7 @@ ON_CUDA = [
 EMULATED = [
     ("cpu", "seqbn", "selective", "float64"), ("cpu", "resnet18s", "dual", "float32"),
     ("cpu", "densenets", "stochastic", "float32"), ("cpu", "vgg", "original", "float32"),
+    ("cpu", "seq", "contrast", "float32"),
 ]  # fmt: skip
 MEASURED = ("logits", "heatmaps", "total", "gradients")
 

@@ -11,7 +11,7 @@ from fisnet_cuda.graph import program
 from fisnet_cuda.graph.fan_out import JOINS, fan_out
 from fisnet_cuda.graph.ir import Instr, Slot, slots_in
 
-VARIANTS = ("original", "selective", "stochastic", "dual")
+VARIANTS = ("original", "selective", "stochastic", "dual", "contrast")
 
 
 def block():

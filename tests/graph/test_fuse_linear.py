@@ -14,7 +14,7 @@ from fisnet_cuda.graph.fan_out import fan_out
 from fisnet_cuda.graph.ir import Instr, Slot, slots_in
 from fisnet_cuda.rules import Epsilon
 
-VARIANTS = ("original", "selective", "stochastic", "dual")
+VARIANTS = ("original", "selective", "stochastic", "dual", "contrast")
 
 
 def relevance_of(net):
@@ -73,7 +73,7 @@ NETS = {
 
 
 def make(ops, variant="selective", **options):
-    if variant == "stochastic":
+    if variant in ("stochastic", "contrast"):
         options["generator"] = torch.Generator().manual_seed(0)
     model = golden_nets.build(ops) if isinstance(ops, str) else GraphNet(copy.deepcopy(ops))
     return fc.ISNet(randomise(model), variant, check="never", **options)

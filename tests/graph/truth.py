@@ -7,7 +7,7 @@ its statistics as constants, so there the truth is the eval mode of a copy that 
     truth.check(make_model, x)       # everything below
     truth.logits(make_model, x)      # bit for bit, in both modes and layouts, with buffers and random numbers
     truth.heatmaps(make_model, x)    # values and gradients against autograd, conservation
-    truth.variants(make_model, x)    # all four variants run and train, and leave the model alone
+    truth.variants(make_model, x)    # all variants run and train, and leave the model alone
     truth.snapshot(model)            # everything that wrapping must not change
 """
 
@@ -19,7 +19,7 @@ from torch import nn
 
 import fisnet_cuda as fc
 
-VARIANTS = ("original", "selective", "stochastic", "dual")
+VARIANTS = ("original", "selective", "stochastic", "dual", "contrast")
 EPS0 = fc.rules.Epsilon(0.0)
 
 
@@ -133,7 +133,7 @@ def heatmaps(make, x, target=1, train=True):
 
 
 def variants(make, x, first_layer="zb"):
-    """All four variants, train mode: finite heatmaps and gradients that reach every trained parameter; nothing stays."""
+    """All variants, train mode: finite heatmaps and gradients that reach every trained parameter; nothing stays."""
     for variant in VARIANTS:
         torch.manual_seed(0)
         model = make().train()

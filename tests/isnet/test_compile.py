@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import fisnet_cuda as fc
 from fisnet_cuda.isnet import module as isnet_module
 
-VARIANTS = ("original", "selective", "stochastic", "dual")
+VARIANTS = ("original", "selective", "stochastic", "dual", "contrast")
 SIZE = {"seq": 16, "seqbn": 16, "vgg": 16, "resnet18s": 32, "densenets": 32}
 
 
@@ -64,6 +64,8 @@ def test_no_host_sync_in_a_training_step(name, variant, check):
     [
         {"variant": "selective", "select": "random", "generator": torch.Generator()},
         {"variant": "stochastic", "generator": torch.Generator()},
+        {"variant": "contrast", "generator": torch.Generator()},
+        {"variant": "contrast", "multilabel": True},
         {"variant": "original", "max_map_bytes": 1},
         {"variant": "selective", "eps": fc.rules.Epsilon(0.01, relative=True)},
         {"variant": "dual", "input_low": (-1.0, -2.0, -3.0), "input_high": 4.0},
@@ -160,6 +162,7 @@ def dense_and_residual():
         ("selective", {}),
         ("stochastic", {}),
         ("dual", {}),
+        ("contrast", {}),
         ("selective", {"eps": fc.rules.Epsilon(0.01, relative=True), "supervise": ("relu",), "first_layer": "epsilon"}),
         ("original", {"rules": "epsilon_gamma_box", "max_map_bytes": None}),
     ],

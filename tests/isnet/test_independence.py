@@ -11,7 +11,7 @@ from torch import nn
 
 import fisnet_cuda as fc
 
-VARIANTS = ("original", "selective", "stochastic", "dual")
+VARIANTS = ("original", "selective", "stochastic", "dual", "contrast")
 NAMES = ("seqbn", "vgg", "resnet18s", "densenets")
 EPS = {"absolute": 0.01, "relative": fc.rules.Epsilon(0.01, relative=True)}
 
@@ -37,7 +37,7 @@ def explain(model, variant, x, eps="absolute", target=None, **options):
 def test_eval_mode(name, variant, eps):
     """Other samples, other numbers of samples, other places in the batch: the same map, not divided by anything."""
     model, x = _model(name).eval(), images(4)
-    target = torch.tensor([0, 1, 2, 0]) if variant == "stochastic" else None  # its draws depend on the place
+    target = torch.tensor([0, 1, 2, 0]) if variant in ("stochastic", "contrast") else None  # its draws depend on the place
 
     def maps(samples, t=target):
         return explain(model, variant, samples, eps, None if target is None else t).heatmaps

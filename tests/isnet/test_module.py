@@ -16,7 +16,7 @@ from torch import nn
 
 import fisnet_cuda as fc
 
-VARIANTS = ("original", "selective", "stochastic", "dual")
+VARIANTS = ("original", "selective", "stochastic", "dual", "contrast")
 
 
 def small(bn=True, dropout=0.0):

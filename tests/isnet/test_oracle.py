@@ -197,6 +197,27 @@ def test_start(variant, eta_eps):
     close(out.heatmaps, want.heatmaps)
 
 
+def contrast(n, classes, multilabel, seed):
+    """Weights as ISNet draws them from a generator of this seed, written anew: a direction, without its mean, of length 1."""
+    v = torch.randn(n, classes, generator=torch.Generator().manual_seed(seed)).to(torch.float64)
+    v = v if multilabel else v - v.sum(1, keepdim=True) / classes
+    return (v / (v * v).sum(1, keepdim=True).sqrt()).unsqueeze(1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_contrast(seed, multilabel):
+    """Ours: the map of a random combination of the logits, whose weights are constants."""
+    model, graph = random_net(seed)
+    classes = model(images(2, (9, 9))).shape[1]
+    start = contrast(3, classes, multilabel, 5)
+    options = {"first_layer": "epsilon"} if seed % 2 else {"low": LOW, "high": HIGH}
+    first = {"first_layer": "epsilon"} if seed % 2 else {"input_low": LOW, "input_high": HIGH}
+    generator = torch.Generator().manual_seed(5)
+    net = fc.ISNet(model.train(seed % 4 < 2), "contrast", multilabel=multilabel, generator=generator, check="never", **first)
+    compare(model, lambda v: oracles.explain_epsilon(graph, v, start, E, **options), net, images(3, (9, 9), seed))
+
+
 @pytest.mark.parametrize("variant", ["selective", "dual"])
 def test_target(variant):
     """Given classes, several a sample: epsilon maps of their logits, with Dual too."""

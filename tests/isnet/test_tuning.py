@@ -8,9 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from fisnet_cuda.isnet.loss import ISNetLoss
+from fisnet_cuda.isnet.module import ISNet
 from fisnet_cuda.isnet.tuning import tune_c1_c2
+from fisnet_cuda.isnet.variants import VARIANTS
 
 CUT = golden_nets.arrays("cut")
 RULES = ["e", "e_multi", "z+e"]
@@ -134,6 +137,27 @@ def test_the_result_goes_into_the_loss():
     total, parts = loss(shown, torch.zeros(5).long(), torch.tensor([[[0, 1]]]).expand(5, 1, 2))
     assert total.isfinite()
     assert list(parts.layers) == list(values)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_tuned(variant):
+    """The equation over the totals of a network's own maps, random draws included; the loss takes the result."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)
+    model, x = nn.Sequential(*layers).double(), torch.rand(20, 3, 8, 8, dtype=torch.float64)
+
+    def net():
+        return ISNet(model, variant, supervise=("1",), generator=torch.Generator().manual_seed(1))
+
+    c1, c2 = tune_c1_c2(net(), x.split(20))
+    out = net()(x, relevance=True)
+    for layer, maps in {"input": out.heatmaps, **out.hidden}.items():
+        v = maps.detach().abs().flatten(2).sum(2)
+        want = expected((v if variant == "dual" else v.mean(1, keepdim=True)).numpy())
+        np.testing.assert_allclose(c1[layer], want[0], rtol=1e-9)
+        np.testing.assert_allclose(c2[layer], want[1], rtol=1e-9)
+    total, _ = ISNetLoss(c1=c1, c2=c2)(out, torch.zeros(20).long(), torch.ones(20, 1, 8, 8).tril())
+    assert total.isfinite()
 
 
 def test_progress_is_reported():

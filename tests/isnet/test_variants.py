@@ -139,27 +139,33 @@ def test_samples_are_drawn_one_by_one():
     assert statistic < limit, pairs
 
 
-@pytest.mark.parametrize(("variant", "options"), [("stochastic", {}), ("selective", {"select": "random"})])
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [("stochastic", {}), ("selective", {"select": "random"}), ("contrast", {}), ("contrast", {"multilabel": True})],
+)
 def test_draws_are_reproducible(variant, options):
+    """Classes, or (Contrast) the maps of what was drawn."""
     model, x = classifier(10), rand(40, 3, 8, 8)
+    what = "heatmaps" if variant == "contrast" else "explained"
     first, again, other = (
-        explain(model, variant, x, generator=generator(seed), **options).explained for seed in (4, 4, 5)
+        getattr(explain(model, variant, x, generator=generator(seed), **options), what) for seed in (4, 4, 5)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     net = fc.ISNet(model, variant, generator=generator(4), check="never", **options)
-    one, two = net(x, relevance=True).explained, net(x, relevance=True).explained
+    one, two = (getattr(net(x, relevance=True), what) for _ in range(2))
     assert torch.equal(one, first)
     assert not torch.equal(one, two), "the generator moves on"
     torch.manual_seed(6)
-    unseeded = explain(model, variant, x, **options).explained
+    unseeded = getattr(explain(model, variant, x, **options), what)
     torch.manual_seed(6)
-    assert torch.equal(explain(model, variant, x, **options).explained, unseeded), "without one, torch.manual_seed counts"
+    assert torch.equal(getattr(explain(model, variant, x, **options), what), unseeded), "without one, torch.manual_seed counts"
 
 
-def test_generator_must_be_where_the_logits_are():
+@pytest.mark.parametrize("draw", [variants.draw_class, lambda logits, g: variants.draw_contrast(logits, False, g)])
+def test_generator_must_be_where_the_logits_are(draw):
     with pytest.raises(ValueError, match="generator is on cpu and the logits are on meta: make it there"):
-        variants.draw_class(torch.zeros(2, 3, device="meta"), generator())
+        draw(torch.zeros(2, 3, device="meta"), generator())
 
 
 def test_stochastic_explains_a_logit():
@@ -168,13 +174,133 @@ def test_stochastic_explains_a_logit():
     close(out.heatmaps, explain(model, "original", x, target=out.explained).heatmaps)
 
 
+# ---- Contrast --------------------------------------------------------------------------------------------------------
+
+
+def moment(classes, multilabel):
+    """``E[v v^T]`` of a uniform unit vector: a projection over its rank."""
+    eye = torch.eye(classes, dtype=torch.float64)
+    return eye / classes if multilabel else (eye - 1 / classes) / (classes - 1)
+
+
+def draws_of(v):
+    """Mean of ``v v^T`` and five standard errors of it."""
+    products = v[:, :, None] * v[:, None, :]
+    return products.mean(0), 5 * products.std(0) / len(v) ** 0.5
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_contrast_is_uniform_on_its_sphere(classes, multilabel):
+    """Unit norm, zero sum (or none of that), mean 0 and equal second moments in all directions."""
+    logits = torch.zeros(50_000, classes, dtype=torch.float64)
+    v = variants.draw_contrast(logits, multilabel, generator(1))
+    close(v.norm(dim=1), torch.ones(len(v)), 1e-12)
+    assert bool((v.sum(1).abs() < 1e-12).all()) is not multilabel
+    assert (v.mean(0).abs() <= 5 / (classes * len(v)) ** 0.5).all()
+    found, error = draws_of(v)
+    assert ((found - moment(classes, multilabel)).abs() <= error + 1e-12).all()  # two classes have one contrast: no error at all
+    assert not torch.equal(v[0], v[1]), "each sample has its own"
+
+
+def test_contrast_has_no_preferred_direction():
+    """Fourth moments: ``E[(v . u)^4] = 3 / (d (d + 2))`` for every unit vector u of the d = C - 1 dimensions (a Gaussian that is not
+    normalised, and random signs, fail here)."""
+    v = variants.draw_contrast(torch.zeros(200_000, 4, dtype=torch.float64), False, generator(2))
+    for u in ([1, -1, 0, 0], [1, 1, -1, -1], [3, -1, -1, -1]):
+        u = torch.tensor(u, dtype=torch.float64)
+        fourth = (v @ (u / u.norm())) ** 4
+        assert abs(fourth.mean() - 3 / (3 * 5)) <= 5 * fourth.std() / len(v) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [1, 2, 1000])
+def test_contrast_is_the_same_draw_in_every_dtype(classes, dtype):
+    """In float32 or wider, and detached; large numbers of classes keep their zero sum."""
+    logits = torch.zeros(7, classes, dtype=dtype, requires_grad=True)
+    v = variants.draw_contrast(logits, False, generator(3))
+    assert v.dtype == torch.promote_types(dtype, torch.float32)
+    assert not v.requires_grad
+    exact = variants.draw_contrast(logits.double(), False, generator(3))
+    unit = torch.finfo(v.dtype).eps
+    assert (v - exact).abs().max() <= unit
+    if classes > 1:
+        assert (v.double().sum(1).abs() <= unit * classes**0.5).all()
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_a_draw_of_equal_numbers_is_not_divided_by_zero(monkeypatch, classes, multilabel):
+    for value in (0.0, 1.5, -1.0):
+        monkeypatch.setattr(variants, "_gaussian", lambda like, g, value=value: torch.full(like.shape, value))
+        v = variants.draw_contrast(torch.zeros(3, classes, dtype=torch.float64), multilabel, None)
+        close(v.norm(dim=1), torch.ones(3), 1e-12)
+        assert multilabel or (v.sum(1).abs() < 1e-12).all()
+    almost = torch.tensor([[1.0, 1.0 + 2**-23]])  # their mean is one of them, in float32
+    monkeypatch.setattr(variants, "_gaussian", lambda like, g: almost)
+    v = variants.draw_contrast(torch.zeros(1, 2), False, None)
+    assert v[0, 0] == -v[0, 1] < 0
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_contrast_explains_a_combination_of_the_logits(training, multilabel):
+    """Its map, and the inner ones, are those of the classes times the weights that were drawn: LRP-epsilon is linear in its start."""
+    model, x = classifier(5).train(training), rand(N, 3, 8, 8)
+    options = {"supervise": ("1", "2")}
+    out = explain(model, "contrast", x, generator=generator(7), multilabel=multilabel, **options)
+    v = variants.draw_contrast(out.logits, multilabel, generator(7))
+    assert out.explained.tolist() == [[-1]] * N
+    classes = torch.arange(5).expand(N, 5)
+    for each in (explain(model, "original", x, **options), explain(model, "selective", x, classes, **options)):
+        close(out.heatmaps[:, 0], torch.einsum("nc,nc...->n...", v, each.heatmaps))
+        for layer in options["supervise"]:
+            close(out.hidden[layer][:, 0], torch.einsum("nc,nc...->n...", v, each.hidden[layer]))
+
+
+def test_contrast_of_two_classes_is_the_decision():
+    model, x = classifier(2), rand(40, 3, 8, 8)
+    R = explain(model, "contrast", x, generator=generator()).heatmaps
+    decision = explain(model, "original", x).heatmaps.mul(torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1, 1)).sum(1, keepdim=True) / 2**0.5
+    sign = (R * decision).flatten(1).sum(1).sign().view(-1, 1, 1, 1, 1)
+    close(R, sign * decision)
+    assert 5 < (sign > 0).sum() < 35
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_square_of_contrasts_map_estimates_those_of_all_classes(multilabel):
+    """``E[R_v^2] = sum_c (R_c - mean R)^2 / (C - 1)``, with independent sigmoids ``sum_c R_c^2 / C``: exactly by the second moment,
+    within five standard errors over draws, and over a batch of one image again and again."""
+    model, x = classifier(6), rand(1, 3, 8, 8)
+    R = explain(model, "original", x).heatmaps[0].flatten(1)  # [C, pixels]
+    expected = R.square().mean(0) if multilabel else (R - R.mean(0)).square().sum(0) / 5
+    close(torch.einsum("cp,cd,dp->p", R, moment(6, multilabel), R), expected)
+    v = variants.draw_contrast(torch.zeros(20_000, 6, dtype=torch.float64), multilabel, generator(8))
+    batch = explain(model, "contrast", x.expand(4000, -1, -1, -1), generator=generator(9), multilabel=multilabel).heatmaps.flatten(1)
+    for squares in ((v @ R).square(), batch.square()):
+        error = squares.std(0) / len(squares) ** 0.5
+        assert ((squares.mean(0) - expected).abs() <= 5 * error).all()
+    assert (R.square().mean(0) - R[0].square()).abs().max() > 0.1 * expected.max(), "one class alone would not do"
+
+
+def test_chunks_and_targets_leave_contrast_alone():
+    model, x = classifier(5), rand(2, 3, 8, 8)
+    whole, parts = (explain(model, "contrast", x, generator=generator(), max_map_bytes=m) for m in (None, 1))
+    assert torch.equal(whole.heatmaps, parts.heatmaps)
+    g = generator()
+    state = g.get_state()
+    explain(model, "contrast", x, target=1, generator=g)
+    assert torch.equal(g.get_state(), state), "a target draws nothing"
+
+
 # ---- few classes -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("classes", [1, 2])
 @pytest.mark.parametrize("variant", variants.VARIANTS)
 def test_few_classes(variant, classes):
-    """One class: every variant explains its logit (the authors' Stochastic loops for ever, and eta is constant)."""
+    """One class: every variant explains its logit (the authors' Stochastic loops for ever, and eta is constant; Contrast's
+    zero-sum vectors are all zero)."""
     model, x = classifier(classes), rand(N, 3, 8, 8)
     for select in ("lowest", "random", "top") if variant == "selective" else ("lowest",):
         out = explain(model, variant, x, select=select)
@@ -184,7 +310,7 @@ def test_few_classes(variant, classes):
         if classes == 1:
             want = explain(model, "original", x).heatmaps
             close(out.heatmaps[:, -1:], want)
-            assert (out.explained == (-1 if variant == "dual" else 0)).all()
+            assert (out.explained == (-1 if variant in ("dual", "contrast") else 0)).all()
         elif variant == "stochastic":
             assert set(out.explained.flatten().tolist()) <= {0, 1}
 

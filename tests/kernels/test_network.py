@@ -13,7 +13,7 @@ import fisnet_cuda as fc
 from fisnet_cuda.graph.kinds import batch_norm
 from fisnet_cuda.rules import Epsilon
 
-VARIANTS = ("selective", "stochastic", "dual", "original")
+VARIANTS = ("selective", "stochastic", "contrast", "dual", "original")
 EXACT = 1e-9  # relative, float64: sums in another order
 SIZE = {"seq": 16, "seqbn": 16, "vgg": 16, "resnet18s": 32, "densenets": 32}
 

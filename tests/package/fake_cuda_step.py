@@ -16,7 +16,7 @@ import os
 parser = argparse.ArgumentParser()
 parser.add_argument("--stand-in", help="a library that gives a CPU build of torch a CUDA device")
 parser.add_argument("--without-kernels", action="store_true", help="as if the extension were not installed")
-parser.add_argument("--variants", nargs="+", default=("original", "selective", "stochastic", "dual"))
+parser.add_argument("--variants", nargs="+", default=("original", "selective", "stochastic", "dual", "contrast"))
 parser.add_argument("--ways", nargs="+", default=("eager", "channels_last", "fused", "compiled", "fused compiled"))
 options = parser.parse_args()
 if options.stand_in:

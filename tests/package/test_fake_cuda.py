@@ -64,7 +64,7 @@ def test_every_operator_is_used_by_a_training_step(stand_in):
     """Forward, loss and backward of all variants, in both memory layouts and with fused products: every operator is reached."""
     seen, said = steps(*stand_in, "--ways", "eager", "channels_last", "fused")
     assert "run the PyTorch reference" not in said
-    for variant in ("original", "selective", "stochastic"):
+    for variant in ("original", "selective", "stochastic", "contrast"):
         assert {"fisnet::phi_scale", "fisnet::phi_scale_backward"} <= set(seen[variant]["eager"]), variant
     for variant, ways in seen.items():
         assert ways["eager"] == ways["channels_last"], variant
@@ -73,7 +73,7 @@ def test_every_operator_is_used_by_a_training_step(stand_in):
 
 
 @needs_kernels
-@pytest.mark.parametrize("variant", ["original", "selective", "stochastic", "dual"])
+@pytest.mark.parametrize("variant", ["original", "selective", "stochastic", "dual", "contrast"])
 def test_a_compiled_step(stand_in, variant):
     """fullgraph=True; its graphs, forward and backward, hold the operators that run eagerly."""
     seen, _ = steps(*stand_in, "--variants", variant, "--ways", "eager", "compiled", "fused", "fused compiled")

@@ -277,10 +277,12 @@ def test_every_batch_draws_anew_whatever_happens_between():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("step", [2, 4, 6, 8])
-def test_resumed_anywhere_it_goes_on_as_if_nothing_had_happened(tmp_path, step, accumulate):
+@pytest.mark.parametrize(
+    ("step", "variant"), [(2, "stochastic"), (4, "stochastic"), (6, "stochastic"), (6, "contrast"), (8, "stochastic")]
+)
+def test_resumed_anywhere_it_goes_on_as_if_nothing_had_happened(tmp_path, step, variant, accumulate):
     settings = {
-        "variant": "stochastic", "backbone_args": {"dropout": 0.3}, "P": {0: 0.3, 2: 0.7}, "tune_epochs": 1, "schedule": "cosine",
+        "variant": variant, "backbone_args": {"dropout": 0.3}, "P": {0: 0.3, 2: 0.7}, "tune_epochs": 1, "schedule": "cosine",
         "warmup_steps": 2,
     }  # fmt: skip
     whole = Record(tmp_path, keep=(step,))
@@ -425,7 +427,7 @@ def test_two_processes_agree_and_count_each_sample_once(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"variant": "fast"}, "variant must be one of stochastic, selective, dual, original, standard, got 'fast'"),
+        ({"variant": "fast"}, "variant must be one of stochastic, selective, dual, original, contrast, standard, got 'fast'"),
         ({"schedule": "linear"}, "schedule must be one of"),
         ({"optimizer": "adamax"}, "optimizer must be one of sgd, adam, adamw, got 'adamax'"),
         ({"P": 1.5}, r"P must be in \[0, 1\], got 1.5"),
