@@ -15,7 +15,9 @@ from torch import nn
 from .systems import Setting, Stage, System, build
 from .tasks import Task, batches, epoch_steps
 
-__all__ = ["Fitted", "fit"]
+__all__ = ["Clock", "Fitted", "fit", "training_clock"]
+
+Clock = Callable[[], float]
 
 # called at the end of every epoch of the last stage: (system, epochs so far) -> numbers of the history's row
 Watch = Callable[[System, int], Mapping[str, float]]
@@ -28,7 +30,8 @@ class Fitted:
     Attributes:
         system: in eval mode.
         steps: of the optimizer that were done.
-        seconds: of training, measurements left out. Other work on the machine counts: not a benchmark.
+        seconds: of training by the clock of `fit`, measurements left out. By the default clock other work on the machine counts:
+            not a benchmark.
         history: a row an epoch: means of the loss's parts over its steps, and what was watched.
         diverged: the loss was not finite; the training ended there.
     """
@@ -40,7 +43,30 @@ class Fitted:
     diverged: bool = False
 
 
-def fit(setting: Setting, task: Task, watch: Watch | None = None, tell: Callable[[int, str], None] | None = None) -> Fitted:
+def training_clock(device: torch.device | str) -> Clock:
+    """The clock for comparisons at equal time: CPU time of this thread where PyTorch trains in it alone, else wall time.
+
+    With one thread on the CPU, forward and backward run in the calling thread; its CPU time is the wall time of a core that does
+    nothing else, whatever else the machine does.
+
+    Example:
+        >>> threads = torch.get_num_threads()
+        >>> torch.set_num_threads(1)
+        >>> training_clock("cpu").__name__, training_clock("cuda").__name__
+        ('thread_time', 'perf_counter')
+        >>> torch.set_num_threads(threads)
+    """
+    alone = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
+
+
+def fit(
+    setting: Setting,
+    task: Task,
+    watch: Watch | None = None,
+    tell: Callable[[int, str], None] | None = None,
+    clock: Clock = time.perf_counter,
+) -> Fitted:
     """Trains one system on a task.
 
     SGD with momentum, gradients clipped at norm 1, a learning rate that falls to 0 along half a cosine within each stage: over
@@ -51,6 +77,7 @@ def fit(setting: Setting, task: Task, watch: Watch | None = None, tell: Callable
         task: the images, on the device to train on.
         watch: measures the net after every epoch of the last stage; its time is not counted.
         tell: progress: (steps so far, the newest numbers).
+        clock: seconds; what ``setting.seconds`` and the reported seconds are counted by. `training_clock` where times are compared.
 
     Returns:
         The trained system. A loss that is not finite ends the training (``diverged``).
@@ -60,7 +87,7 @@ def fit(setting: Setting, task: Task, watch: Watch | None = None, tell: Callable
         fitted = Fitted(build(setting, task))
         stages = fitted.system.stages()
         for index, stage in enumerate(stages):
-            _run(fitted, stage, setting, task, index, watch if index == len(stages) - 1 else None, tell)
+            _run(fitted, stage, setting, task, index, watch if index == len(stages) - 1 else None, tell, clock)
             if fitted.diverged:
                 break
     fitted.system.eval()
@@ -68,19 +95,26 @@ def fit(setting: Setting, task: Task, watch: Watch | None = None, tell: Callable
 
 
 def _run(
-    fitted: Fitted, stage: Stage, setting: Setting, task: Task, index: int, watch: Watch | None, tell: Callable[[int, str], None] | None
+    fitted: Fitted,
+    stage: Stage,
+    setting: Setting,
+    task: Task,
+    index: int,
+    watch: Watch | None,
+    tell: Callable[[int, str], None] | None,
+    clock: Clock,
 ) -> None:
-    system, stage_start = fitted.system, time.perf_counter()
+    system, stage_start = fitted.system, clock()
     parameters = stage.parameters()
     optimizer = torch.optim.SGD(parameters, lr=setting.lr, momentum=setting.momentum)
     steps, seconds = round(setting.steps * stage.share), setting.seconds * stage.share
     per_epoch = epoch_steps(task, setting.batch)
     sums: dict[str, torch.Tensor] = {}
-    spent, counted = time.perf_counter() - stage_start, 0
+    spent, counted = clock() - stage_start, 0
     source = batches(task, setting.batch, setting.seed + 1_000_003 * index)
     system.train()
     for step in itertools.count(1):
-        start = time.perf_counter()
+        start = clock()
         done = (step - 1) / steps if steps else spent / seconds
         if done >= 1:
             break
@@ -98,7 +132,7 @@ def _run(
         last = step == steps
         epoch_ends = step % per_epoch == 0 or last
         finite = bool(torch.isfinite(loss)) if epoch_ends or step % 10 == 0 or tell else True
-        spent += time.perf_counter() - start
+        spent += clock() - start
         if tell is not None:
             tell(fitted.steps, stage.name)
         if not finite:
