@@ -1,11 +1,12 @@
 """Scenes composed on the spot: an object of one of up to 200 classes before a textured background that may give the class away.
 
-An **object** is a silhouette, a hue and a pattern, of 5 x 8 x 5 kinds; a class is one combination of the three, so that 200 classes can be
-told apart at 48x48 pixels, and none by one property alone. Place, size, shade and light are drawn, and it is turned a little.
+An **object** is a silhouette, a hue and a pattern, of 5 x 8 x 5 kinds; a class is one combination of the three, so that 200 classes
+can be told apart in a thousand pixels, and many only by all three together. Place, size, shade and light are drawn, and the object
+is turned a little.
 
-A **background** is coloured noise with the power spectrum of photographs (amplitude ~ 1/f), a gradient of light and dull blobs. A *code*
-adds a tint and a grating: 8 hues x 5 orientations x 5 wavelengths make 200 codes. Backgrounds are dull (their colours span less than
-half of the range), objects are vivid and have edges: where an object is can be told without its class, and no code looks like an object.
+A **background** is coloured noise with the power spectrum of photographs (amplitude ~ 1/f), a gradient of light and dull blobs. A
+*code* adds a tint and a grating: 8 hues x 5 orientations x 5 wavelengths make 200 codes. Backgrounds are dull, objects are vivid and
+have edges: where an object is can be told without its class, and no code looks like an object.
 
 In "biased" images the background's code is the object's class, in "confounded" ones another class, and in "unbiased" ones there is no
 grating and any tint. All three come from one function and the same draws: only the code differs.
@@ -26,7 +27,7 @@ from .tasks import Images
 __all__ = ["BIASES", "MOST", "SIZE", "Objects", "backgrounds", "codes", "compose", "objects", "properties", "shown_codes"]
 
 BIASES = ("biased", "unbiased", "confounded")
-SIZE = 48
+SIZE = 32
 SILHOUETTES, HUES, PATTERNS = 5, 8, 5
 ORIENTATIONS, WAVELENGTHS = 5, 5
 MOST = SILHOUETTES * HUES * PATTERNS  # = 200 = HUES * ORIENTATIONS * WAVELENGTHS
@@ -101,7 +102,7 @@ def _rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
 
 
 def objects(labels: Tensor, generator: torch.Generator, size: int = SIZE) -> Objects:
-    """Draws objects at a random place, 0.46 to 0.62 of the image wide, turned by up to 14 degrees.
+    """Draws objects at a random place, 0.5 to 0.7 of the image wide, turned by up to 14 degrees.
 
     Args:
         labels: ``[N]`` int64 in [0, 200).
@@ -110,7 +111,7 @@ def objects(labels: Tensor, generator: torch.Generator, size: int = SIZE) -> Obj
     """
     n = len(labels)
     silhouette, hue, pattern = properties(labels)
-    radius = _draw(n, 0.23, 0.31, generator) * size
+    radius = _draw(n, 0.30, 0.38, generator) * size
     cx, cy = (radius + 1 + _draw(n, 0, 1, generator) * (size - 2 - 2 * radius) for _ in range(2))
     turn = _draw(n, -0.25, 0.25, generator)
     at = torch.arange(size) + 0.5
@@ -124,7 +125,7 @@ def objects(labels: Tensor, generator: torch.Generator, size: int = SIZE) -> Obj
         edge[chosen] = r0 + sum((a * torch.cos(m * angle[chosen] + p) for m, a, p in terms), torch.zeros(()))
     alpha = ((edge - distance) * radius + 0.5).clamp(0, 1)
 
-    # the pattern: a second shade of the same hue, in [0, 1]; waves of 0.62 of the radius, 7 to 9 pixels
+    # the pattern: a second shade of the same hue, in [0, 1]; waves of 0.62 of the radius
     wave = 2 * math.pi / 0.62
     shift = _draw(n, 0, 2 * math.pi, generator)
     across, along = torch.sin(wave * u + shift), torch.sin(wave * v + shift)
@@ -177,8 +178,7 @@ def backgrounds(shown: Tensor, generator: torch.Generator, size: int = SIZE) -> 
     tint = _rgb(tint_hue, torch.ones(n, 1, 1), torch.ones(n, 1, 1))
     tint = tint - tint.mean(1, keepdim=True)
     theta = (orientation * math.pi / ORIENTATIONS)[:, None, None]
-    waves = 3.0 * 1.42 ** wavelength[:, None, None] * size / SIZE  # 3 to 12 waves across the image, at any size
-    k = 2 * math.pi * size / (4 * waves)
+    k = 2 * math.pi * 1.5 * 1.42 ** wavelength[:, None, None]  # 1.5 to 6 waves across the image
     grating = torch.sin(k * (x * theta.cos() + y * theta.sin()) + phase) * coded[:, None, None]
 
     image = (grey + gradient)[:, None] + 0.05 * noise.mean(1, keepdim=True) * math.sqrt(3) + 0.02 * noise
@@ -225,7 +225,7 @@ def compose(labels: Tensor, classes: int, bias: str, seed: int, size: int = SIZE
     Example:
         >>> scenes = compose(torch.tensor([0, 1]), 2, "biased", seed=0)
         >>> scenes.images.shape, scenes.images.dtype, scenes.masks.unique()
-        (torch.Size([2, 3, 48, 48]), torch.uint8, tensor([  0, 255], dtype=torch.uint8))
+        (torch.Size([2, 3, 32, 32]), torch.uint8, tensor([  0, 255], dtype=torch.uint8))
     """
     if not 2 <= classes <= MOST:
         raise ValueError(f"classes must be 2 to {MOST}, got {classes}")
