@@ -1,6 +1,6 @@
 """Scenes composed on the spot: an object of one of up to 200 classes before a textured background that may give the class away.
 
-An **object** is a silhouette, a hue and a pattern, of 5 x 8 x 5 kinds; a class is one combination of the three, so that 200 classes
+An **object** is a silhouette with a core of its own colour, a hue, and a pattern in a colour of its own: 5 x 8 x 5 kinds. A class is one combination of the three, so that 200 classes
 can be told apart in a thousand pixels, and many only by all three together. Place, size, shade and light are drawn, and the object
 is turned a little.
 
@@ -40,6 +40,8 @@ _OUTLINES: tuple[tuple[float, tuple[tuple[int, float, float], ...]], ...] = (
     (0.66, ((2, 0.30, 0.0), (4, 0.09, 0.0))),  # spindle that lies
     (0.72, ((4, 0.26, 0.0),)),  # cross
 )
+# colours of the patterns, and of the cores that go with the silhouettes
+_INKS = ((0.05, 0.05, 0.1), (1.0, 1.0, 1.0), (0.1, 0.1, 0.15), (1.0, 0.95, 0.2), (0.3, 0.75, 1.0))
 
 
 def properties(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,22 +127,24 @@ def objects(labels: Tensor, generator: torch.Generator, size: int = SIZE) -> Obj
         edge[chosen] = r0 + sum((a * torch.cos(m * angle[chosen] + p) for m, a, p in terms), torch.zeros(()))
     alpha = ((edge - distance) * radius + 0.5).clamp(0, 1)
 
-    # the pattern: a second shade of the same hue, in [0, 1]; waves of 0.62 of the radius
+    # the pattern in a colour of its own, waves of 0.62 of the radius
     wave = 2 * math.pi / 0.62
     shift = _draw(n, 0, 2 * math.pi, generator)
     across, along = torch.sin(wave * u + shift), torch.sin(wave * v + shift)
-    kinds = (
-        torch.zeros_like(u), along, across, torch.sin(0.8 * wave * u) * torch.sin(0.8 * wave * v) * 2,
-        torch.sin(wave * distance + shift),
-    )  # fmt: skip
+    checks = torch.sin(0.8 * wave * u) * torch.sin(0.8 * wave * v) * 2
+    kinds = (torch.full_like(u, -1), along, across, checks, torch.sin(wave * distance + shift))
     stripes = torch.stack(kinds)[pattern, torch.arange(n)].mul(4).clamp(-1, 1) * 0.5 + 0.5
-    stripes[pattern == 0] = 0
+    # the core in another one, smooth at its edge
+    core = ((0.34 - distance) * radius + 0.5).clamp(0, 1)
 
     light = 1 - 0.22 * distance.clamp(max=1) ** 2 + 0.16 * (-u - v) * _draw(n, 0, 1, generator)
     tone = (hue[:, None, None] + 0.5 * _draw(n, -0.3, 0.3, generator)) / HUES
-    saturation = _draw(n, 0.85, 1.0, generator) * (1 - 0.75 * stripes)
-    value = (_draw(n, 0.8, 1.0, generator) * (1 - 0.05 * stripes) * light).clamp(0, 1)
-    return Objects(_rgb(tone.expand_as(u), saturation, value), alpha.unsqueeze(1))
+    flat = torch.ones_like(u)
+    colour = _rgb(tone * flat, _draw(n, 0.85, 1.0, generator) * flat, _draw(n, 0.8, 1.0, generator) * flat)
+    inks = torch.tensor(_INKS)
+    for where, ink in ((stripes, inks[pattern]), (core, inks[(silhouette + 1) % len(_INKS)])):
+        colour = colour + (ink[:, :, None, None] - colour) * where[:, None]
+    return Objects((colour * light[:, None]).clamp(0, 1), alpha.unsqueeze(1))
 
 
 def _noise(n: int, channels: int, size: int, slope: Tensor, generator: torch.Generator) -> Tensor:

@@ -60,8 +60,8 @@ def load(classes: int, train: int, test: int) -> Task:
 def settings(run: Run) -> list[tuple[int, Setting]]:
     """All trainings of the experiment: (classes, setting)."""
     counts = run.pick((2, 5), (2, 10, 50, 200), (2, 10, 50, 200))
-    seconds = run.pick(0.05, 45.0, 120.0)
-    common = {"net": "poolnet", "steps": 0, "seconds": seconds, "batch": 32, "lr": 0.1}
+    seconds = run.pick(0.05, 50.0, 120.0)
+    common = {"net": "poolnet", "steps": 0, "seconds": seconds, "batch": 32, "lr": 0.3, "P": 0.4}
     # all systems of a class count together: a process keeps its images
     return [(classes, Setting(name, seed=seed, **common)) for classes in counts for seed in range(run.seeds) for name in SYSTEMS]
 
@@ -182,7 +182,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     return [
         f"Each training got {given} seconds; with one thread on the CPU these are CPU seconds of its thread, so that other work "
         "on the machine takes nothing from it. The step in which the time runs out is finished: Original's are long.",
-        "Equal for all: net (poolnet), initial weights, images, batches of 32, SGD with momentum 0.9, rate 0.1 falling to 0 along half "
+        "Equal for all: net (poolnet), initial weights, images, batches of 32, SGD with momentum 0.9, rate 0.3 falling to 0 along half "
         "a cosine over the time given. No system was tuned by its class count.",
         "A system that did a few steps is at chance on all sets: the comparison is about what fits into the time, not about what "
         "Original would learn in unlimited time.",
