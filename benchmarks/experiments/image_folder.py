@@ -76,7 +76,7 @@ def put_marks(images: Images, shown: Tensor, classes: int, seed: int) -> tuple[I
     Returns:
         The marked images, and ``[N]`` float32: how much of the mark found room, in [0, 1].
     """
-    n, channels, height, width = images.images.shape
+    channels, height, width = images.images.shape[1:]
     cell = max(1, round(min(height, width) / 6 / CELLS))
     side = cell * CELLS
     if side > min(height, width):

@@ -1,8 +1,8 @@
 """Scenes composed on the spot: an object of one of up to 200 classes before a textured background that may give the class away.
 
-An **object** is a silhouette with a core of its own colour, a hue, and a pattern in a colour of its own: 5 x 8 x 5 kinds. A class is one combination of the three, so that 200 classes
-can be told apart in a thousand pixels, and many only by all three together. Place, size, shade and light are drawn, and the object
-is turned a little.
+An **object** is a silhouette with a core of its own colour, a hue, and a pattern in a colour of its own: 5 x 8 x 5 kinds. A class is
+one combination of the three, so that 200 classes can be told apart in a thousand pixels, and many only by all three together. Place,
+size, shade and light are drawn, and the object is turned a little.
 
 A **background** is coloured noise with the power spectrum of photographs (amplitude ~ 1/f), a gradient of light and dull blobs. A
 *code* adds a tint and a grating: 8 hues x 5 orientations x 5 wavelengths make 200 codes. Backgrounds are dull, objects are vivid and
@@ -239,7 +239,7 @@ def compose(labels: Tensor, classes: int, bias: str, seed: int, size: int = SIZE
     for some, told in zip(labels.split(part), shown.split(part)):
         drawn = objects(some, generator, size)
         behind = backgrounds(told, generator, size)
-        images.append((behind + (drawn.colour - behind) * drawn.alpha).mul(255).round().byte())
+        images.append((behind * (1 - drawn.alpha) + drawn.colour * drawn.alpha).mul(255).round().byte())
         masks.append(F.max_pool2d((drawn.alpha > 0).float(), 3, 1, 1).mul(255).byte())
     return Images(torch.cat(images), labels, torch.cat(masks))
 
