@@ -39,7 +39,7 @@ from .tables import by, mean_spread, table, values, write_page
 from .tasks import Task
 
 SYSTEMS = ("standard", "original", "selective", "stochastic", "dual", "contrast")
-SIZES = {"quick": (96, 16), "small": (10_000, 1_000), "full": (60_000, 4_000)}  # training and test images
+SIZES = {"quick": (48, 8), "small": (10_000, 1_000), "full": (60_000, 4_000)}  # training and test images
 
 
 @lru_cache(maxsize=1)
@@ -59,8 +59,8 @@ def load(classes: int, train: int, test: int) -> Task:
 
 def settings(run: Run) -> list[tuple[int, Setting]]:
     """All trainings of the experiment: (classes, setting)."""
-    counts = run.pick((2, 5), (2, 10, 50, 200), (2, 10, 50, 200))
-    seconds = run.pick(0.05, 50.0, 120.0)
+    counts = run.pick((2, 3), (2, 10, 50, 200), (2, 10, 50, 200))
+    seconds = run.pick(0.01, 50.0, 120.0)
     common = {"net": "poolnet", "steps": 0, "seconds": seconds, "batch": 32, "lr": 0.3, "P": 0.4}
     # all systems of a class count together: a process keeps its images
     return [(classes, Setting(name, seed=seed, **common)) for classes in counts for seed in range(run.seeds) for name in SYSTEMS]

@@ -97,10 +97,10 @@ def test_quick_run_makes_table_and_figure_and_is_not_done_again(tmp_path, capsys
     arguments = ["--quick", "--seeds", "1", "--processes", "1", "--out", str(tmp_path)]
     assert scenes.main(arguments) == 0
     rows = read_rows(tmp_path / "scenes-quick.csv")
-    assert [(row["classes"], row["system"]) for row in rows] == [(c, s) for c in (2, 5) for s in scenes.SYSTEMS]
+    assert [(row["classes"], row["system"]) for row in rows] == [(c, s) for c in (2, 3) for s in scenes.SYSTEMS]
     assert all(row["steps"] == 0 and row["steps_done"] >= 1 and row["ms_step"] > 0 for row in rows)
     page = (tmp_path / "scenes-quick.md").read_text()
-    assert "| 5       | Original ISNet" in page
+    assert "| 3       | Original ISNet" in page
     assert "CPU seconds" in page
     assert (tmp_path / "scenes-quick.png").stat().st_size > 10_000
     capsys.readouterr()
