@@ -39,7 +39,7 @@ from .tables import by, mean_spread, table, values, write_page
 from .tasks import Task
 
 SYSTEMS = ("standard", "original", "selective", "stochastic", "dual", "contrast")
-SIZES = {"quick": (48, 8), "small": (10_000, 1_000), "full": (60_000, 4_000)}  # training and test images
+SIZES = {"quick": (48, 8), "small": (20_000, 1_000), "full": (60_000, 4_000)}  # training and test images
 
 
 @lru_cache(maxsize=1)
