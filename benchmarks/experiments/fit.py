@@ -15,7 +15,9 @@ from torch import nn
 from .systems import Setting, Stage, System, build
 from .tasks import Task, batches, epoch_steps
 
-__all__ = ["Fitted", "fit"]
+__all__ = ["Clock", "Fitted", "fit", "training_clock"]
+
+Clock = Callable[[], float]
 
 # called at the end of every epoch of the last stage: (system, rows of the history so far) -> numbers of the history's row
 Watch = Callable[[System, int], Mapping[str, float]]
@@ -28,7 +30,8 @@ class Fitted:
     Attributes:
         system: in eval mode.
         steps: of the optimizer that were done.
-        seconds: of training, measurements left out. Other work on the machine counts: not a benchmark.
+        seconds: of training by the clock of `fit`, measurements left out. By the default clock other work on the machine counts:
+            not a benchmark.
         history: a row an epoch: means of the loss's parts over its steps, and what was watched.
         diverged: the loss was not finite; the training ended there.
     """
@@ -40,8 +43,30 @@ class Fitted:
     diverged: bool = False
 
 
+def training_clock(device: torch.device | str) -> Clock:
+    """The clock for comparisons at equal time: CPU time of this thread where PyTorch trains in it alone, else wall time.
+
+    With one thread on the CPU, forward and backward run in the calling thread; its CPU time is the wall time of a core that does
+    nothing else, whatever else the machine does.
+
+    Example:
+        >>> threads = torch.get_num_threads()
+        >>> torch.set_num_threads(1)
+        >>> training_clock("cpu").__name__, training_clock("cuda").__name__
+        ('thread_time', 'perf_counter')
+        >>> torch.set_num_threads(threads)
+    """
+    alone = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
+
+
 def fit(
-    setting: Setting, task: Task, watch: Watch | None = None, tell: Callable[[int, str], None] | None = None, every: int = 0
+    setting: Setting,
+    task: Task,
+    watch: Watch | None = None,
+    tell: Callable[[int, str], None] | None = None,
+    every: int = 0,
+    clock: Clock | None = None,
 ) -> Fitted:
     """Trains one system on a task.
 
@@ -54,16 +79,18 @@ def fit(
         watch: measures the net after every epoch of the last stage; its time is not counted.
         tell: progress: (steps so far, the newest numbers).
         every: steps between two rows of the history; 0: an epoch.
+        clock: seconds; what ``setting.seconds`` and the reported seconds are counted by; None: `training_clock` of the task's device.
 
     Returns:
         The trained system. A loss that is not finite ends the training (``diverged``).
     """
+    clock = clock or training_clock(task.train.images.device)
     with torch.random.fork_rng(devices=[task.train.images.device] if task.train.images.is_cuda else []):
         torch.manual_seed(setting.seed)
         fitted = Fitted(build(setting, task))
         stages = fitted.system.stages()
         for index, stage in enumerate(stages):
-            _run(fitted, stage, setting, task, index, watch if index == len(stages) - 1 else None, tell, every)
+            _run(fitted, stage, setting, task, index, watch if index == len(stages) - 1 else None, tell, every, clock)
             if fitted.diverged:
                 break
     fitted.system.eval()
@@ -72,19 +99,19 @@ def fit(
 
 def _run(
     fitted: Fitted, stage: Stage, setting: Setting, task: Task, index: int, watch: Watch | None,
-    tell: Callable[[int, str], None] | None, every: int,
+    tell: Callable[[int, str], None] | None, every: int, clock: Clock,
 ) -> None:  # fmt: skip
-    system, stage_start = fitted.system, time.perf_counter()
+    system, stage_start = fitted.system, clock()
     parameters = stage.parameters()
     optimizer = torch.optim.SGD(parameters, lr=setting.lr, momentum=setting.momentum)
     steps, seconds = round(setting.steps * stage.share), setting.seconds * stage.share
     per_epoch = epoch_steps(task, setting.batch)
     sums: dict[str, torch.Tensor] = {}
-    spent, counted = time.perf_counter() - stage_start, 0
+    spent, counted = clock() - stage_start, 0
     source = batches(task, setting.batch, setting.seed + 1_000_003 * index)
     system.train()
     for step in itertools.count(1):
-        start = time.perf_counter()
+        start = clock()
         done = (step - 1) / steps if steps else spent / seconds
         if done >= 1:
             break
@@ -102,7 +129,7 @@ def _run(
         last = step == steps
         epoch_ends = step % (every or per_epoch) == 0 or last
         finite = bool(torch.isfinite(loss)) if epoch_ends or step % 10 == 0 or tell else True
-        spent += time.perf_counter() - start
+        spent += clock() - start
         if tell is not None:
             tell(fitted.steps, stage.name)
         if not finite:
