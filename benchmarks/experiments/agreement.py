@@ -34,10 +34,10 @@ import fisnet_cuda as fc
 from fisnet_cuda.ops.heatmap_loss import heatmap_loss
 
 from .biased_mnist import load
-from .command import Run, parse, parser
+from .command import Run, in_one_line, parse, parser
 from .figures import COLOURS, save
 from .fit import fit
-from .jobs import Row, read_rows, run_jobs
+from .jobs import Row, unfinished
 from .measure import accuracy, heatmaps
 from .systems import Setting, System, build
 from .tables import by, mean_spread, table, values, write_page
@@ -409,32 +409,32 @@ def tables(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     p = parser(__doc__, seeds=2)
     p.add_argument("--data", required=True, help="MNIST's mnist.npz")
     options, run = parse(p, arguments)
-    path = run.path("agreement", ".csv")
+    path, jobs = run.path("agreement", ".csv"), settings(run)
     given = {"data": options.data, "device": run.device, "scale": run.scale}
-    if run.draw:
-        rows = read_rows(path)
-    else:
+    if not run.draw:
         load(options.data, 600, 60)  # a wrong --data is told before processes start
-        rows = run_jobs(
-            path, settings(run), one, given, processes=run.processes, threads=run.threads, device=run.device, label="agreement"
-        )
-    command = "python -m benchmarks.experiments.agreement --data mnist.npz" + {"small": ""}.get(run.scale, f" --{run.scale}")
+    rows = run.rows(path, jobs, one, given, "agreement")
+    command = run.command("agreement", "--data mnist.npz")
     job = rows[0]
     scale = ", relative to the scale of each layer" if job["relative"] else ""
     notes = [
-        f"{job['net']}, {job['steps']} steps of batch {job['batch']}, {job['epochs']} epochs; epsilon {job['eps']:g}{scale}; "
-        f"{job['images']} test images with the mark, in eval mode.",
+        f"{job['net']}, {job['steps']} steps of batch {job['batch']}, {job['epochs']} epochs of "
+        f"{job['steps'] // job['epochs'] * job['batch']:,} training digits; epsilon {job['eps']:g}{scale}; maps of {job['images']} "
+        "test images with the mark, in eval mode.",
+        f"Second Original (\"original, other seed\"): of {len({row['seed'] for row in rows if row['second_original']})} seed(s).",
         "Chance: Spearman 0, shared top 1 % and 5 %: 1 and 5. Ratios of the background loss: mean over the images (and maps) of each.",
         "Contrast is this project's own variant; the others are those of the papers.",
     ]
     page = write_page(
-        path.with_suffix(".md"), "Do the Faster ISNets look at what the Original looks at?", command, rows, tables(rows), notes
-    )
+        path.with_suffix(".md"), "Do the Faster ISNets look at what the Original looks at?", command, rows, tables(rows),
+        [*notes, *unfinished(rows, jobs)],
+    )  # fmt: skip
     draw(rows, path.with_suffix(".png"))
     print(page.read_text())
     return 0

@@ -17,18 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from fisnet_cuda.errors import InputError
 
-from .command import Run, parse, parser
-from .figures import dots, save
+from .command import Run, in_one_line, parse, parser
+from .figures import draw_sets
 from .fit import fit
-from .jobs import Row, read_rows, run_jobs
+from .jobs import Row, unfinished
 from .measure import measure
 from .systems import ISNETS, Setting, as_row
-from .tables import by, mean_spread, table, values, write_page
+from .tables import by, mean_spread, table, write_page
 from .tasks import Images, Task
 
 MARKS = ("biased", "unbiased", "confounded")
@@ -114,7 +113,8 @@ def load(path: str, train: int = 20_000, test: int = 2_000) -> Task:
 
 # ---- the experiment ----------------------------------------------------------------------------------------------
 
-STRENGTHS = {"rrr": 10.0, "gradcam": 1.0}  # chosen among equally many values as P and d of the ISNets
+STRENGTHS = {"rrr": 10.0, "gradcam": 1.0}  # see `tune_baselines`; HiResCAM's is 1
+DATA = {"quick": (600, 60), "small": (20_000, 2_000), "full": (58_000, 10_000)}  # training and test digits
 SYSTEMS = (
     ("standard", False), *((name, deep) for name in ISNETS for deep in (False, True)),
     ("masked", False), ("segmented", False), ("rrr", False), ("gradcam", False), ("hirescam", False),
@@ -134,8 +134,7 @@ def settings(run: Run, systems: Sequence[str] = ()) -> list[Setting]:
 
 def one(job: Row, given: Row) -> Row:
     """Trains and measures one system: a row's results."""
-    sizes = {"quick": (600, 60), "small": (20_000, 2_000), "full": (58_000, 10_000)}[given["scale"]]
-    task = load(given["data"], *sizes).to(given["device"])
+    task = load(given["data"], *DATA[given["scale"]]).to(given["device"])
     fitted = fit(Setting(**job), task)
     return {**measure(fitted.system, task), "steps_done": fitted.steps, "train_seconds": fitted.seconds, "diverged": fitted.diverged}
 
@@ -150,44 +149,62 @@ def title(group: Sequence[Row]) -> str:
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
     """Accuracy of every seed on the three test sets, and the background share."""
-    groups = list(by(rows, "system", "deep").values())
-    figure = Figure(figsize=(10, 0.42 * len(groups) + 1.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    dots(left, [(title(g), {name: values(g, name) for name in STYLES}) for g in groups], STYLES)
-    dots(right, [(title(g), {"share": values(g, "share")}) for g in groups], {"share": ("#6B6B6B", "o")})
-    left.set_xlabel("accuracy, % (all three far right, together: the net reads the digit)")
-    right.set_xlabel("relevance in the background, %\n(0: looks at the digit only)")
-    left.set_xlim(-2, 102)
-    right.set_xlim(-2, 102)
-    for name, (colour, marker) in STYLES.items():
-        left.plot([], [], marker, color=colour, label=name.removeprefix("accuracy_"))
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    return save(figure, path)
+    names = {name: name.removeprefix("accuracy_") for name in STYLES}
+    xlabel = "accuracy, % (all three far right, together: the net reads the digit)"
+    return draw_sets(path, [(title(g), g) for g in by(rows, "system", "deep").values()], STYLES, names, xlabel, "digit")
 
 
+def notes(rows: Sequence[Row], scale: str) -> list[str]:
+    """What a reader of the page must know."""
+    train, test = DATA[scale]
+    steps, batch = rows[0]["steps"], rows[0]["batch"]
+    return [
+        f"{train:,} training digits, {test:,} test digits; {steps} steps of batch {batch} ({steps * batch / train:.1f} epochs), SGD "
+        f"with rate {rows[0]['lr']:g} falling to 0 along half a cosine; the same net, initial weights and batches for every system of "
+        "a seed. The segmentation net's steps come on top of its classifier's.",
+        "The weights of RRR's and the Grad-CAM losses were looked for by `tune_baselines` (four values each, validation digits with "
+        "each kind of square, another seed), and so was P of Stochastic; the other ISNets have its P, and learning rate and "
+        "steps are the same for all.",
+        "Background share: of the predicted class's heatmap on biased test images, by one rule for all systems, epsilon 1e-4 of each "
+        "layer's scale; that is also the ISNets' epsilon in training. Pixels that a system blanks count as 0, so \"masked\" has 0 by "
+        "construction.",
+        "Swap gap: points of accuracy that go when a biased validation digit gets the background of another class in place of its own "
+        "class's; \"masked\" is left out, as composites have no true mask.",
+        "s an epoch: seconds of training for as many images as there are training digits, with one thread on the CPU its CPU seconds; "
+        "other work on the machine can still slow a core down. Not a benchmark.",
+    ]
+
+
+def epoch_seconds(group: Sequence[Row], scale: str) -> str:
+    """Cell: training seconds for as many images as there are to train on."""
+    train = DATA[scale][0]
+    return mean_spread([{"s": row["train_seconds"] * train / (row["steps"] * row["batch"])} for row in group], "s")
+
+
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     p = parser(__doc__)
     p.add_argument("--data", required=True, help="MNIST's mnist.npz")
     p.add_argument("--systems", nargs="+", default=(), choices=list(dict.fromkeys(name for name, _ in SYSTEMS)), metavar="SYSTEM",
-                   help="only these (and whatever the file holds already)")  # fmt: skip
+                   help="train only these; the page shows whatever the file holds")  # fmt: skip
     options, run = parse(p, arguments)
-    path, jobs = run.path("biased_mnist", ".csv"), [as_row(s) for s in settings(run, options.systems)]
+    path, jobs = run.path("biased_mnist", ".csv"), [as_row(s) for s in settings(run)]
+    todo = [as_row(s) for s in settings(run, options.systems)]
     given = {"data": options.data, "device": run.device, "scale": run.scale}
-    if run.draw:
-        rows = read_rows(path)
-    else:
+    if not run.draw:
         load(options.data, 600, 60)  # a wrong --data is told before processes start
-        rows = run_jobs(path, jobs, one, given, processes=run.processes, threads=run.threads, device=run.device, label="biased MNIST")
+    rows = run.rows(path, jobs, one, given, "biased MNIST", todo)
     columns = {
         "system": title,
         **{marks: lambda g, m=marks: mean_spread(g, f"accuracy_{m}") for marks in MARKS},
         "background share": lambda g: mean_spread(g, "share"),
         "swap gap": lambda g: mean_spread(g, "swap_gap"),
+        "s an epoch": lambda g: epoch_seconds(g, run.scale),
     }
     body = table(columns, list(by(rows, "system", "deep").values()))
-    command = "python -m benchmarks.experiments.biased_mnist --data mnist.npz" + {"small": ""}.get(run.scale, f" --{run.scale}")
-    page = write_page(path.with_suffix(".md"), "Biased MNIST: which systems read the digit?", command, rows, body)
+    command, told = run.command("biased_mnist", "--data mnist.npz"), [*notes(rows, run.scale), *unfinished(rows, jobs)]
+    page = write_page(path.with_suffix(".md"), "Biased MNIST: which systems read the digit?", command, rows, body, told)
     draw(rows, path.with_suffix(".png"))
     print(page.read_text())
     return 0

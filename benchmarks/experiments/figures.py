@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +12,9 @@ from matplotlib.figure import Figure
 from benchmarks.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 from fisnet_cuda.files import atomic
 
-__all__ = ["COLOURS", "dots", "save"]
+from .tables import values
+
+__all__ = ["COLOURS", "dots", "draw_sets", "save"]
 
 # Okabe and Ito's palette; baselines that hide the background share one colour, those that lose by attention another
 COLOURS = {
@@ -47,6 +50,37 @@ def dots(ax: Axes, rows: Sequence[tuple[str, Mapping[str, Sequence[float]]]], st
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
     ax.tick_params(left=False)
+
+
+def draw_sets(
+    path: Path, groups: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], styles: Mapping[str, tuple[str, str]],
+    names: Mapping[str, str], xlabel: str, looks_at: str, guess: float | None = None,
+) -> Path:  # fmt: skip
+    """Dots of every seed on each test set, and beside them the background share: a line a system.
+
+    Args:
+        path: of the figure.
+        groups: (system's title, its rows), from the top.
+        styles: column, in percent -> (colour, marker).
+        names: column -> what the legend calls it.
+        xlabel: what the columns are, and what is good.
+        looks_at: what a net without background share looks at.
+        guess: where guessing ends up, marked by a line.
+    """
+    figure = Figure(figsize=(10, 0.42 * len(groups) + 1.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    dots(left, [(title, {name: values(rows, name) for name in styles}) for title, rows in groups], styles)
+    dots(right, [(title, {"share": values(rows, "share")}) for title, rows in groups], {"share": ("#6B6B6B", "o")})
+    if guess is not None:
+        left.axvline(guess, color="#888888", linewidth=0.8, linestyle="--", zorder=1)
+    left.set_xlabel(xlabel)
+    right.set_xlabel(f"relevance in the background, %\n(0: looks at the {looks_at} only)")
+    left.set_xlim(-2, 102)
+    right.set_xlim(-2, 102)
+    for name, (colour, marker) in styles.items():
+        left.plot([], [], marker, color=colour, label=names[name])
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    return save(figure, path)
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -42,10 +42,10 @@ from fisnet_cuda.isnet.variants import eta_gradient
 
 from . import hiding
 from .biased_mnist import MARKS, digits_of, load
-from .command import Run, parse, parser
+from .command import Run, in_one_line, parse, parser
 from .figures import COLOURS, save
 from .fit import fit
-from .jobs import Row, read_rows, run_jobs
+from .jobs import Row, unfinished
 from .measure import accuracy
 from .systems import TITLES, ISNetSystem, Setting, System, as_row, system
 from .tables import by, mean_spread, table, values, write_page
@@ -541,6 +541,7 @@ NOTES = (
 )
 
 
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     p = parser(__doc__)
@@ -550,19 +551,17 @@ def main(arguments: list[str] | None = None) -> int:
     suffix = "" if options.net == "convnet" else f"_{options.net}"
     path, todo = run.path(f"hidden{suffix}", ".csv"), jobs(run, options.net)
     given = {"data": options.data, "device": run.device, "scale": run.scale}
-    if run.draw:
-        rows = read_rows(path)
-    else:
+    if not run.draw:
         load(options.data, 600, 60)  # a wrong --data is told before processes start
-        rows = run_jobs(path, todo, one, given, processes=run.processes, threads=run.threads, device=run.device, label="hidden")
-    command = "python -m benchmarks.experiments.hidden --data mnist.npz" + (f" --net {options.net}" if suffix else "")
+    rows = run.rows(path, todo, one, given, "hidden")
+    command = run.command("hidden", "--data mnist.npz", f"--net {options.net}" if suffix else "")
     body = [
         "### Which settings hold? (the end of each training)", "", *setting_table(rows), "",
         "### Which signal warns? (every measurement)", "", *signal_table(judged(rows)), "",
         "### Where does the background hide? (the end of each training, % of the logits' spread)", "", *layer_table(rows),
     ]  # fmt: skip
-    command += {"small": ""}.get(run.scale, f" --{run.scale}")
-    page = write_page(path.with_suffix(".md"), "Does a quiet heatmap mean a clean classifier?", command, rows, body, NOTES)
+    notes = [*NOTES, *unfinished(rows, todo)]
+    page = write_page(path.with_suffix(".md"), "Does a quiet heatmap mean a clean classifier?", command, rows, body, notes)
     draw_all(rows, path)
     print(page.read_text())
     return 0

@@ -19,22 +19,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from fisnet_cuda.data import InputSpec, Store, list_samples
 from fisnet_cuda.data.split import split
 from fisnet_cuda.errors import InputError
 
-from .command import Run, parse, parser
-from .figures import dots, save
+from .biased_mnist import STYLES
+from .command import Run, in_one_line, parse, parser
+from .figures import draw_sets
 from .fit import fit
-from .jobs import Row, read_rows, run_jobs
+from .jobs import Row, unfinished
 from .measure import measure
 from .nets import NETS
 from .scene_images import BIASES, MOST, backgrounds, shown_codes
 from .systems import SYSTEMS, Setting, as_row
-from .tables import by, mean_spread, table, values, write_page
+from .tables import by, mean_spread, table, write_page
 from .tasks import Images, Task
 
 CELLS = 4  # of a mark, along each side
@@ -203,9 +203,6 @@ def one(job: Row, given: Row) -> Row:
     return {**measure(fitted.system, task), "steps_done": fitted.steps, "seconds_done": fitted.seconds, "diverged": fitted.diverged}
 
 
-STYLES = {"accuracy_biased": ("#6B6B6B", "o"), "accuracy_unbiased": ("#0072B2", "s"), "accuracy_confounded": ("#D55E00", "D")}
-
-
 def title(group: Sequence[Row]) -> str:
     """What a table calls a group's system."""
     return Setting(group[0]["system"]).title
@@ -213,21 +210,12 @@ def title(group: Sequence[Row]) -> str:
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
     """Accuracy of every seed on the three test sets, and the background share."""
-    groups = list(by(rows, "system").values())
-    figure = Figure(figsize=(10, 0.5 * len(groups) + 1.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    dots(left, [(title(g), {name: values(g, name) for name in STYLES}) for g in groups], STYLES)
-    dots(right, [(title(g), {"share": values(g, "share")}) for g in groups], {"share": ("#6B6B6B", "o")})
-    left.set_xlabel("accuracy, % (all three far right, together: the net reads the object)")
-    right.set_xlabel("relevance in the background, %\n(0: looks at the object only)")
-    left.set_xlim(-2, 102)
-    right.set_xlim(-2, 102)
-    for name, (colour, marker) in STYLES.items():
-        left.plot([], [], marker, color=colour, label=name.removeprefix("accuracy_"))
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    return save(figure, path)
+    xlabel = "accuracy, % (all three far right, together: the net reads the object)"
+    names = {name: name.removeprefix("accuracy_") for name in STYLES}
+    return draw_sets(path, [(title(g), g) for g in by(rows, "system").values()], STYLES, names, xlabel, "object")
 
 
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     p = parser(__doc__, seeds=2)
@@ -245,30 +233,39 @@ def main(arguments: list[str] | None = None) -> int:
     options, run = parse(p, arguments)
     if options.size < 8:
         p.error(f"argument --size: at least 8, got {options.size}")
+    if options.steps is not None and options.steps < 1:
+        p.error(f"argument --steps: at least 1, got {options.steps}")
     data = options.name or Path(options.path).resolve().name
     most = run.pick(64, 20_000, 100_000)
-    try:
-        task = load(options.path, options.masks, options.size, options.channels, options.bias, most)
-    except InputError as error:
-        p.error(str(error))
+    task = load(options.path, options.masks, options.size, options.channels, options.bias, most)
     about = {"data": data, "bias": options.bias, "size": options.size, "channels": options.channels}
     chosen = settings(run, options.systems, options.net, options.steps, options.lr, options.P)
     jobs = [{**about, **as_row(s)} for s in chosen]
     given = {"path": options.path, "masks": options.masks, "device": run.device, "most": most}
     path = run.path(f"image_folder-{data}-{options.bias}", ".csv")
-    if run.draw:
-        rows = read_rows(path)
-    else:
-        rows = run_jobs(path, jobs, one, given, processes=run.processes, threads=run.threads, device=run.device, label=data)
+    rows = run.rows(path, jobs, one, given, data)
     columns = {
         "system": title,
         **{bias: lambda g, b=bias: mean_spread(g, f"accuracy_{b}") for bias in BIASES},
         "background share": lambda g: mean_spread(g, "share"),
+        "swap gap": lambda g: mean_spread(g, "swap_gap"),
     }
     body = table(columns, list(by(rows, "system").values()))
-    command = "python -m benchmarks.experiments.image_folder " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    # folders by their own names: where they lie on this machine is nobody's business
+    folders = [f"--{name} {Path(value).name}" for name, value in (("path", options.path), ("masks", options.masks)) if value]
+    own = ("name", "bias", "size", "channels", "systems", "net", "steps", "lr", "P")
+    chosen_options = {name: getattr(options, name) for name in own if getattr(options, name) != p.get_default(name)}
+    more = [f"--{name} {' '.join(value) if isinstance(value, list) else value}" for name, value in chosen_options.items()]
+    command = run.command("image_folder", *folders, *more)
+    some = chosen[0]
+    notes = [
+        *task.notes,
+        f"{some.net}, {some.steps} steps of batch {some.batch}, rate {some.lr:g}, P {some.P:g} for the ISNets: no system has "
+        "settings of its own.",
+        *unfinished(rows, jobs),
+    ]
     heading = f"{data} with a {options.bias} that betrays the class: which systems read the object?"
-    page = write_page(path.with_suffix(".md"), heading, command, rows, body, task.notes)
+    page = write_page(path.with_suffix(".md"), heading, command, rows, body, notes)
     draw(rows, path.with_suffix(".png"))
     print(page.read_text())
     return 0

@@ -22,6 +22,7 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,9 +34,9 @@ from benchmarks.common import NOT_JUDGED, Spread, Times, interleave
 from benchmarks.figures import BLUE, GREEN, GREY, ORANGE
 from fisnet_cuda.errors import InputError
 
-from .command import Run, parse, parser
+from .command import Run, in_one_line, parse, parser
 from .figures import save
-from .jobs import Row, read_rows, run_jobs
+from .jobs import Row, unfinished
 from .tables import by, table, write_page
 
 __all__ = ["same_logits", "verdict"]
@@ -231,6 +232,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     return save(figure, path)
 
 
+@in_one_line
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     p = parser(__doc__, seeds=1)
@@ -241,11 +243,9 @@ def main(arguments: list[str] | None = None) -> int:
     if missing and not options.no_onnx and not run.draw:
         print(f"inference: ONNX is left out, {' and '.join(missing)} not installed (fisnet_cuda[export])", file=sys.stderr)
     given = {"device": run.device, "onnx": not options.no_onnx and not missing}
-    if run.draw:
-        rows = read_rows(path)
-    else:  # in this process and one after the other: they are timed
-        torch.set_num_threads(run.threads)
-        rows = run_jobs(path, settings(run), one, given, processes=1, threads=run.threads, device=run.device, label="inference")
+    jobs = settings(run)
+    # in this process and one after the other: they are timed
+    rows = replace(run, processes=1).rows(path, jobs, one, given, "inference")
     columns = {
         "net": lambda g: f"{g[0]['net']}, {g[0]['batch']} of {g[0]['image']}", "form": lambda g: g[0]["form"],
         "ms": lambda g: spread_of(g[0], "ms").text(1), "over plain": lambda g: spread_of(g[0], "ratio").text(),
@@ -254,14 +254,17 @@ def main(arguments: list[str] | None = None) -> int:
         "file, bytes": lambda g: "-" if g[0]["file_bytes"] is None else f"{g[0]['file_bytes']:,}",
     }  # fmt: skip
     body = [*table(columns, [[row] for row in rows]), "", *verdicts(rows)]
-    command = "python -m benchmarks.experiments.inference" + {"small": ""}.get(run.scale, f" --{run.scale}")
+    command = run.command("inference", "--no-onnx" if options.no_onnx else "")
     notes = [
-        "Times and ratios: p50 (p20-p80) over rounds in which every form was timed once, one after the other.",
+        "Rounds: every form is timed once, one after the other; ratios are taken within a round.",
         "PASS: the median is within 2 % of 1; FAIL: p20 to p80 do not reach 1 either; ----: the clock was not exact enough to tell "
         "(\"plain, again\", a second plain net, says how exact it was).",
         "Difference of logits: the largest, over the largest logit; it must be 0 for ISNet and state_dict.",
     ]  # fmt: skip
-    page = write_page(path.with_suffix(".md"), "What does inference cost after training as an ISNet?", command, rows, body, notes)
+    page = write_page(
+        path.with_suffix(".md"), "What does inference cost after training as an ISNet?", command, rows, body,
+        [*notes, *unfinished(rows, jobs)], numbers="p50 (p20-p80) over rounds",
+    )  # fmt: skip
     draw(rows, path.with_suffix(".png"))
     print(page.read_text())
     return 0

@@ -17,11 +17,14 @@ from typing import Any
 import torch
 
 from benchmarks.common import commit, device_name
-from fisnet_cuda.files import write_text
+from fisnet_cuda.errors import InputError
+from fisnet_cuda.files import check_folder, write_text
 
-__all__ = ["read_rows", "run_jobs", "write_rows"]
+__all__ = ["read_rows", "rows_of", "run_jobs", "unfinished", "write_rows"]
 
 Row = dict[str, Any]
+
+TEXT = ("commit", "torch", "device")  # a short hash may look like a number: 1234567, 12e4567
 
 
 def _value(text: str) -> Any:
@@ -41,7 +44,7 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+        return [{key: text if key in TEXT else _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -59,9 +62,38 @@ def _key(row: Mapping[str, Any], names: Iterable[str]) -> str:
     """What a job is, as it reads back from a file."""
 
     def cell(value: Any) -> Any:
-        return _value(f"{value:.6g}") if isinstance(value, float) else value
+        if isinstance(value, float):
+            return _value(f"{value:.6g}")
+        return _value(value) if isinstance(value, str) else value
 
     return json.dumps([cell(row.get(name)) for name in names], default=str)
+
+
+def _names(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for job in jobs for name in job))
+
+
+def rows_of(path: Path, jobs: Sequence[Row]) -> list[Row]:
+    """The rows of a result file that belong to jobs, in the jobs' order; rows of other settings in the file are left out.
+
+    Raises:
+        InputError: there is none.
+    """
+    names, rows = _names(jobs), read_rows(path)
+    wanted = {_key(job, names): index for index, job in enumerate(jobs)}
+    mine = [row for row in rows if _key(row, names) in wanted]
+    if not mine:
+        why = "there is no such file" if not path.exists() else f"none of its {len(rows)} rows belongs to these settings"
+        raise InputError(f"{path}: {why}; run the same command without --draw first")
+    return sorted(mine, key=lambda row: wanted[_key(row, names)])
+
+
+def unfinished(rows: Sequence[Row], jobs: Sequence[Row]) -> list[str]:
+    """A note for the page where rows of some jobs are not there (yet), else nothing."""
+    names = _names(jobs)
+    there = {_key(row, names) for row in rows}
+    missing = sum(_key(job, names) not in there for job in jobs)
+    return [f"Not finished: {missing} of {len(jobs)} trainings are missing."] if missing else []
 
 
 def _start(threads: int) -> None:
@@ -94,13 +126,19 @@ def run_jobs(
 
     Returns:
         The rows that belong to ``jobs``, in their order, older ones included.
+
+    Raises:
+        InputError: the folder cannot be written to, or a job raised it: the user's settings, and no job would do better.
+        RuntimeError: jobs failed; all the others are done and in the file.
+        ValueError: a result has a column of its job's.
     """
-    names = list(dict.fromkeys(name for job in jobs for name in job))
+    check_folder(path.parent)
+    names = _names(jobs)
     rows = read_rows(path)
     there = {_key(row, names) for row in rows}
     todo = [job for job in jobs if _key(job, names) not in there]
     facts = {"commit": commit(), "torch": torch.__version__, "device": device_name(device), "threads": threads}
-    begin, failed = time.perf_counter(), []
+    begin, failed = time.perf_counter(), list[tuple[Row, Exception]]()
 
     def keep(job: Row, results: Row | list[Row]) -> None:
         for result in results if isinstance(results, list) else [results]:
@@ -114,33 +152,52 @@ def run_jobs(
         spent = time.perf_counter() - begin
         print(f"{label} {done}/{len(todo)} {spent:5.0f} s  {told}: {text}", file=sys.stderr, flush=True)
 
+    def fail(done: int, job: Row, error: Exception) -> None:
+        """The other jobs go on; it is told at the end."""
+        failed.append((job, error))
+        say(done, job, f"failed: {type(error).__name__}: {error}")
+
     if todo and len(todo) < len(jobs):
         print(f"{label}: {len(jobs) - len(todo)} of {len(jobs)} are in {path} already", file=sys.stderr)
     if device != "cpu" or processes == 1:
-        for done, job in enumerate(todo, 1):
-            results = run(job, given or {})
-            keep(job, results)
-            say(done, job, _short(results))
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)  # as in processes of their own: what the column "threads" says is so
+        try:
+            for done, job in enumerate(todo, 1):
+                try:
+                    results = run(job, given or {})
+                except InputError:
+                    raise
+                except Exception as error:
+                    fail(done, job, error)
+                    continue
+                keep(job, results)
+                say(done, job, _short(results))
+        finally:
+            torch.set_num_threads(before)
     elif todo:
         processes = processes or max(1, (os.cpu_count() or 1) // threads)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(processes, len(todo)), context, _start, (threads,)) as pool:
             pending = {pool.submit(run, job, given or {}): job for job in todo}
-            for done, future in enumerate(as_completed(pending), 1):
-                job = pending[future]
-                try:
-                    results = future.result()
-                except Exception as error:  # the other jobs go on; told at the end
-                    failed.append((job, error))
-                    say(done, job, f"failed: {type(error).__name__}: {error}")
-                    continue
-                keep(job, results)
-                say(done, job, _short(results))
+            try:
+                for done, future in enumerate(as_completed(pending), 1):
+                    job = pending[future]
+                    try:
+                        results = future.result()
+                    except InputError:
+                        raise
+                    except Exception as error:
+                        fail(done, job, error)
+                        continue
+                    keep(job, results)
+                    say(done, job, _short(results))
+            except BaseException:  # those that have not begun need not run for nothing
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(jobs)} jobs failed, the first one, {failed[0][0]}") from failed[0][1]
-    wanted = {_key(job, names): index for index, job in enumerate(jobs)}
-    mine = [row for row in rows if _key(row, names) in wanted]
-    return sorted(mine, key=lambda row: wanted[_key(row, names)])
+    return rows_of(path, jobs) if jobs else []
 
 
 def _short(results: Row | list[Row]) -> str:

@@ -14,7 +14,8 @@ from .tasks import Images, Task
 
 __all__ = ["accuracy", "auroc", "heatmaps", "measure", "share", "shown", "swap", "visible"]
 
-# the rule by which every system's maps are made for the table, so that shares compare: the finest that is numerically safe
+# the rule by which every system's maps are made for the table, so that shares compare: the ISNets' own in training, unless a setting
+# says otherwise (finer ones: `hidden.FINE`)
 FINE = fc.rules.Epsilon(1e-4, relative=True)
 
 

@@ -57,7 +57,10 @@ def table(columns: Mapping[str, Callable[[Sequence[Row]], str]], groups: Sequenc
     return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
 
 
-def write_page(path: Path, title: str, command: str, rows: Sequence[Row], body: Sequence[str], notes: Sequence[str] = ()) -> Path:
+def write_page(
+    path: Path, title: str, command: str, rows: Sequence[Row], body: Sequence[str], notes: Sequence[str] = (),
+    numbers: str = "mean (lowest-highest) over seeds",
+) -> Path:  # fmt: skip
     """A result page: what was asked, by which command, where, and what came out.
 
     Args:
@@ -66,7 +69,8 @@ def write_page(path: Path, title: str, command: str, rows: Sequence[Row], body: 
         command: that makes it.
         rows: all trainings, for machine, versions and seeds.
         body: lines.
-        notes: what a reader must know.
+        notes: what a reader must know. That trainings diverged is said in any case.
+        numbers: what the table's cells are.
     """
 
     def all_of(key: str) -> str:
@@ -76,9 +80,11 @@ def write_page(path: Path, title: str, command: str, rows: Sequence[Row], body: 
     facts = (
         f"`{command}`; {all_of('device')}, {all_of('threads')} thread(s) a training; torch {all_of('torch')}; "
         f"commit {all_of('commit')}; {len(rows)} rows in `{path.with_suffix('.csv').name}`, seeds "
-        f"{', '.join(map(str, seeds)) or '-'}. Numbers: mean (lowest-highest) over seeds."
+        f"{', '.join(map(str, seeds)) or '-'}. Numbers: {numbers}."
     )
     lines = [f"## {title}", "", facts, "", *body]
+    if diverged := sum(row.get("diverged") is True for row in rows):
+        notes = [*notes, f"{diverged} of {len(rows)} rows are of trainings that diverged; their numbers are in the means."]
     if notes:
         lines += ["", "Notes:", "", *(f"- {note}" for note in notes)]
     return write_text(path, "\n".join(lines) + "\n")

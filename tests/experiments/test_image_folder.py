@@ -82,6 +82,9 @@ def test_quick_run_of_a_folder_with_masks_by_path(folder, tmp_path, kind):
     assert all(row["steps_done"] == 3 and 0 <= row["accuracy_confounded"] <= 100 for row in rows)
     page = (tmp_path / f"image_folder-scenes-{kind}-quick.md").read_text()
     assert "3 classes; images: 24 train, 6 val, 6 test; 3x32x32." in page
+    other = "" if kind == "mark" else " --bias background"
+    assert f"image_folder --path images --masks masks --name scenes{other} --size 32 --quick --seeds 1`" in page
+    assert str(folder.parent) not in page + (tmp_path / f"image_folder-scenes-{kind}-quick.csv").read_text()
     assert (tmp_path / f"image_folder-scenes-{kind}-quick.png").stat().st_size > 10_000
 
 
@@ -96,9 +99,10 @@ def test_the_demos_digits(tmp_path):
 
 
 def test_what_is_wrong_is_told_in_a_line(folder, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        image_folder.main(["--path", str(tmp_path / "nothing"), "--out", str(tmp_path)])
-    assert "nothing" in capsys.readouterr().err
+    assert image_folder.main(["--path", str(tmp_path / "nothing"), "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("image_folder: ")
+    assert "nothing" in line
     (tmp_path / "masks").mkdir()
     with pytest.raises(InputError, match="no image with a mask"):
         load(str(folder / "images"), str(tmp_path / "masks"), 32, 3, "mark", 50)
