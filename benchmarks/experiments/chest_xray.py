@@ -216,11 +216,13 @@ def load(folder: str, seed: int, view: str = "shortcut", size: int = SIZE) -> Ta
 
 # Chosen by `--tune` (TRIED below), on a seed of which no result is reported, by the mean AUC of both pairings; the test sets themselves
 # had to be used, as there is no third. With two classes, Selective's and Contrast's maps explain a difference of the two logits. In
-# explorations with other learning rates and BatchNorm such nets could end on the wrong side (AUC of the training's own pairing below
-# 20): a foreground loss that holds a map's total away from 0 also holds the sign that the difference had when the background fell silent.
+# explorations with other learning rates and BatchNorm such nets could end on the wrong side (AUC of the training's own pairing
+# below 20): a foreground loss that holds a map's total away from 0 also holds the sign that the difference had when the background
+# fell silent.
 QUIET = {"P": 0.8, "w1": 1.0, "w2": 3.0}
 HEATMAPS = {
-    "original": QUIET, "stochastic": {**QUIET, "P": 0.7}, "dual": QUIET, "selective": {"P": 0.7, "w1": 1.0, "w2": 0.1}, "contrast": QUIET,
+    "original": QUIET, "stochastic": {**QUIET, "P": 0.7}, "selective": {"P": 0.7, "w1": 1.0, "w2": 0.1}, "dual": QUIET,
+    "contrast": QUIET,
 }  # fmt: skip
 STRENGTHS = {"rrr": 100.0, "gradcam": 0.1, "hirescam": 100.0}
 TUNED_ON = 100  # a seed of which nothing is reported
