@@ -192,7 +192,7 @@ def backgrounds(shown: Tensor, generator: torch.Generator, size: int = SIZE) -> 
         dull = _rgb(blob_hue, torch.full_like(blob_hue, 0.25), _draw(n, 0.3, 0.7, generator))
         there = torch.sigmoid((r - ((x - bx) ** 2 + (y - by) ** 2).sqrt()) * 40)[:, None] * (0.7 * _draw(n, 0, 1, generator))[:, None]
         image = image * (1 - there) + dull * there
-    return (image + 0.16 * tint + 0.13 * (contrast * grating)[:, None]).clamp(0, 1)
+    return (image + 0.26 * tint + 0.20 * (contrast * grating)[:, None]).clamp(0, 1)
 
 
 def shown_codes(labels: Tensor, classes: int, bias: str, generator: torch.Generator) -> Tensor:
