@@ -26,7 +26,7 @@ from .figures import draw_sets
 from .fit import fit
 from .jobs import Row, unfinished
 from .measure import measure
-from .systems import ISNETS, Setting, as_row
+from .systems import ISNETS, TITLES, Setting, as_row
 from .tables import by, mean_spread, table, write_page
 from .tasks import Images, Task
 
@@ -158,13 +158,15 @@ def notes(rows: Sequence[Row], scale: str) -> list[str]:
     """What a reader of the page must know."""
     train, test = DATA[scale]
     steps, batch = rows[0]["steps"], rows[0]["batch"]
+    tuned = {row["system"]: row["strength"] for row in rows if row["system"] in ("rrr", "gradcam", "hirescam")}
+    weights = ", ".join(f"{TITLES[name]} {strength:g}" for name, strength in tuned.items())
     return [
         f"{train:,} training digits, {test:,} test digits; {steps} steps of batch {batch} ({steps * batch / train:.1f} epochs), SGD "
         f"with rate {rows[0]['lr']:g} falling to 0 along half a cosine; the same net, initial weights and batches for every system of "
         "a seed. The segmentation net's steps come on top of its classifier's.",
-        "The weights of RRR's and the Grad-CAM losses were looked for by `tune_baselines` (four values each, validation digits with "
-        "each kind of square, another seed), and so was P of Stochastic; the other ISNets have its P, and learning rate and "
-        "steps are the same for all.",
+        f"Weights of the attention losses: {weights or '-'}; four values of each were tried by `tune_baselines` (validation digits "
+        "with each kind of square, another seed), and four of P for Stochastic. The ISNets keep their default (P 0.7, d 0.9, "
+        "C1 1, C2 25); learning rate and steps are the same for all systems.",
         "Background share: of the predicted class's heatmap on biased test images, by one rule for all systems, epsilon 1e-4 of each "
         "layer's scale; that is also the ISNets' epsilon in training. Pixels that a system blanks count as 0, so \"masked\" has 0 by "
         "construction.",

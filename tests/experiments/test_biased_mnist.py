@@ -125,6 +125,7 @@ def test_quick_run_of_two_systems(data, tmp_path, capsys):
     page = path.with_suffix(".md").read_text()
     assert "`python -m benchmarks.experiments.biased_mnist --data mnist.npz --quick --seeds 1`" in page
     assert "background share | swap gap" in page
+    assert "Weights of the attention losses: RRR (input gradients) 10; four values" in page
     assert "Not finished: 14 of 16 trainings are missing." in page
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     # a second run trains nothing, and rows of other settings are not drawn

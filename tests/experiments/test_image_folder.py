@@ -12,6 +12,8 @@ from benchmarks.experiments import image_folder, scenes
 from benchmarks.experiments.image_folder import CELLS, biased, load, mark_patterns, put_backgrounds, put_marks
 from benchmarks.experiments.jobs import read_rows
 from benchmarks.experiments.tasks import Images
+from fisnet_cuda.demo import images as demo_images
+from fisnet_cuda.demo.digits import Originals, load_originals
 from fisnet_cuda.demo.images import write_images
 from fisnet_cuda.errors import InputError
 
@@ -88,14 +90,20 @@ def test_quick_run_of_a_folder_with_masks_by_path(folder, tmp_path, kind):
     assert (tmp_path / f"image_folder-scenes-{kind}-quick.png").stat().st_size > 10_000
 
 
-def test_the_demos_digits(tmp_path):
+def test_the_demos_digits(tmp_path, monkeypatch):
     """A CSV table with test groups: each test image counts once, without the demo's own square."""
+
+    def few(seed):
+        return tuple(Originals(o.pixels[::6], o.labels[::6], o.index[::6]) for o in load_originals(seed))
+
+    monkeypatch.setattr(demo_images, "load_originals", few)
     table = write_images(tmp_path / "digits", drawings=1)
     task = load(str(table), None, 32, 1, "background", 50)
     assert task.classes == 10
     assert len(task.train) == 50
     assert task.train.images.shape[1:] == (1, 32, 32)
     assert list(task.tests) == ["biased", "unbiased", "confounded"]
+    assert {len(images) for images in task.tests.values()} == {min(50, len(few(0)[1]))}
 
 
 def test_what_is_wrong_is_told_in_a_line(folder, tmp_path, capsys):
