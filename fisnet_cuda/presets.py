@@ -21,7 +21,8 @@ class Preset:
         name: what it is asked for by.
         why: one sentence.
         variant: of `fisnet_cuda.ISNet`.
-        eps: LRP's epsilon; relative: whether it is relative to the scale of each layer's activations (semantics.md section 1).
+        eps: LRP's epsilon; relative: whether it is relative to the scale of each layer's activations (semantics.md section 1);
+            beside a relative one, z^B at the first layer and Dual's z+ keep 0.01.
         eta_eps: ``t`` of Selective's eta.
         P, d, w1, w2, c1, c2: of `fisnet_cuda.ISNetLoss`.
     """
@@ -57,9 +58,9 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({
-    "paper": Preset("paper", "The papers' and the authors' setting, and the default: epsilon 0.01 in units of a pre-activation."),
+    "paper": Preset("paper", "The papers' and the authors' setting, and fit's default: epsilon 0.01 in units of a pre-activation."),
     "steady": Preset(
-        "steady", "Epsilon relative to each layer's scale and small: a shortcut finds no place to hide below it (docs/evidence.md).",
+        "steady", "Epsilon relative to each layer's scale and small, so that less can hide below it (docs/quiet-heatmaps.md).",
         eps=1e-4, relative=True,
     ),
 })  # fmt: skip

@@ -53,7 +53,7 @@ class Epsilon:
     Args:
         eps: the stabiliser. Absolute, in units of ``z``; with ``relative`` a fraction of the layer's own scale.
         relative: use ``eps * rms(a)`` instead, the root mean square of the layer's activation over the sample itself,
-            detached. A small activation then cannot hide its effect below epsilon, whatever the layer's scale.
+            detached. A layer of small activations then keeps its relevance; a unit far below the others of its layer still loses it.
     """
 
     eps: float = 1e-2

@@ -45,12 +45,24 @@ def test_the_tools_settings_are_the_librarys():
     assert all(known[key].default == value for key, value in fc.preset("paper").module.items())
 
 
-def test_the_command_line_expands_it_and_what_follows_prevails():
-    settings = pytest.importorskip("fisnet_cuda.cli.settings")
-    argv = settings.expand(["--preset", "steady", "--variant", "selective"])
-    assert argv[-2:] == ["--model.variant", "selective"]
+@pytest.mark.parametrize(
+    "given",
+    [["--preset", "steady", "--variant", "selective"], ["--variant", "selective", "--preset=steady"], ["--preset", "paper", "--variant",
+     "selective", "--preset", "steady"]],
+)  # fmt: skip
+def test_the_command_line_expands_it_and_single_settings_prevail_wherever_they_stand(given):
+    expand = pytest.importorskip("fisnet_cuda.cli.settings").expand
+    argv = expand(given)
+    assert argv[:2] == ["--model.variant", "selective"]
+    assert not any(a.startswith("--model.variant=") for a in argv)
     assert {"--model.eps=0.0001", "--model.relative_eps=true"} <= set(argv)
-    assert settings.expand(["--preset=steady"]) == argv[:-2]
+    assert argv.count("--model.eps=0.0001") == len([a for a in argv if a.startswith("--model.eps")]) == 1
+
+
+def test_it_prevails_over_a_file_of_settings_that_comes_behind_it():
+    expand = pytest.importorskip("fisnet_cuda.cli.settings").expand
+    argv = expand(["--preset", "steady", "--config", "old.yaml"])
+    assert argv.index("old.yaml") < argv.index("--model.eps=0.0001")
 
 
 @pytest.mark.parametrize(("argv", "words"), [(["--preset", "stedy"], "did you mean steady"), (["--preset"], "paper, steady")])

@@ -74,7 +74,7 @@ def draw_sets(
     if guess is not None:
         left.axvline(guess, color="#888888", linewidth=0.8, linestyle="--", zorder=1)
     left.set_xlabel(xlabel)
-    right.set_xlabel(f"relevance in the background, %\n(0: looks at the {looks_at} only)")
+    right.set_xlabel(f"background share, %\n(0: looks at the {looks_at} only)")
     left.set_xlim(-2, 102)
     right.set_xlim(-2, 102)
     for name, (colour, marker) in styles.items():

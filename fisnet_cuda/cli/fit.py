@@ -364,7 +364,7 @@ _DESCRIPTION = """Trains a classifier on images with masks, so that it does not 
 short names:
 """ + "\n".join(f"  {short:<14} {long}" for short, long in SHORT.items()) + """
   --amp          --precision bf16-mixed
-  --preset NAME  model settings that belong together (those behind it on the line prevail):
+  --preset NAME  model settings that belong together; single ones given beside it prevail:
 """ + "\n".join(f"    {p.name:<8} {p.why}" for p in PRESETS.values()) + """
 
 every setting, with its default, stands below; --debug shows the traceback of an error

@@ -43,8 +43,8 @@ AMP = ("--precision", "bf16-mixed")
 
 
 def expand(argv: Sequence[str]) -> list[str]:
-    """Arguments with the short names replaced by the settings they stand for; a preset by all of its settings, so that what comes
-    behind it on the command line prevails.
+    """Arguments with the short names replaced by the settings they stand for; a preset by all of its settings but those that are
+    given beside it, at the end: wherever it stands, it prevails over files of settings, and single settings over it.
 
     Raises:
         InputError: there is no such preset.
@@ -54,11 +54,12 @@ def expand(argv: Sequence[str]) -> list[str]:
         ['--data.path', 'imgs', '--model.lr=0.1', '--data.batch_size=8', '--precision', 'bf16-mixed']
     """
     out: list[str] = []
+    chosen: list[str] = []
     rest = iter(argv)
     for argument in rest:
         name, equals, value = argument.partition("=")
         if name == "--preset":
-            out += _preset(value if equals else next(rest, ""))
+            chosen = _preset(value if equals else next(rest, ""))
         elif argument == "--amp":
             out += AMP
         elif name in SHORT:
@@ -69,7 +70,8 @@ def expand(argv: Sequence[str]) -> list[str]:
             out.append(f"{SHORT['-b']}={argument[2:]}")
         else:
             out.append(argument)
-    return out
+    given = {argument.partition("=")[0] for argument in out}
+    return out + [setting for setting in chosen if setting.partition("=")[0] not in given]
 
 
 def _preset(name: str) -> list[str]:
@@ -123,7 +125,7 @@ class SettingsParser(LightningArgumentParser):
             word = found.group(1).split("=")[0]
             if not word.startswith("-"):
                 return f"{word!r} is not expected here: every argument follows an option, such as --data.path {word}"
-            return f"there is no option {word}{nearest(word, [*self._options(), *SHORT, '--amp'])}"
+            return f"there is no option {word}{nearest(word, [*self._options(), *SHORT, '--amp', '--preset'])}"
         if found := re.match(r"Group '(.+)' does not accept option '(.+)'", message) or re.match(
             r"()Option '(.+)' is not accepted", message
         ):

@@ -45,6 +45,7 @@ __all__ = [
 # When a gap counts as a hold of the background on the decision. One place: everything that warns asks `BackgroundSwap.warns`.
 GAP = 0.05  # the gap itself must exceed this, and
 GAP_LOW = 0.02  # the lower end of its 95 % interval this
+GAP_HIGH = 0.10  # "holds" is said where the upper end is below this: few images that all agree prove little
 QUIET = 0.05  # background share of the heatmap below which it shows nothing of it
 BLUNT = 0.10  # accuracy that pasting alone may cost before the test is called blunt
 
@@ -293,7 +294,7 @@ def swap_sums(
     """
     sums = torch.zeros(len(_SUMS), dtype=torch.float64)
     places = torch.arange(len(plan.rows))[part]
-    for at in places.split(batch_size):
+    for at in places.split(batch_size) if len(places) else ():  # a process may have none; no network need take an empty batch
         rows, labels = plan.rows[at], plan.labels[at]
         x, M = _fetched(fetch, rows, device)
         same, same_M = _fetched(fetch, plan.same[at], device)
@@ -432,7 +433,7 @@ class BackgroundSwap:
         if self.warns:
             follow = f"{_pc(self.follows)} of the answers follow the foreign background, {100 * self.chance:.0f} % by chance"
             return f"the classifier uses the background: accuracy {told}; {follow}.{_advice(share, variant)}"
-        if self.gap.value > GAP:
+        if self.gap.value > GAP or self.gap.high > GAP_HIGH:
             return f"not decided, too few images ({self.n}): accuracy {told}.{blunt}"
         return f"accuracy holds: {told}.{blunt}"
 
@@ -468,9 +469,9 @@ def _advice(share: float, variant: str) -> str:
         return f" The heatmap shows it, too ({100 * share:.0f} % of its relevance in the background): train longer, or raise --model.P."
     others = [name for name in ("stochastic", "contrast", "original") if name != variant]
     return (
-        f" The heatmap is quiet ({100 * share:.1f} % of its relevance in the background) but the classifier is not clean: what lies "
-        "below epsilon has no relevance. Train with a small relative epsilon (--model.eps 1e-4 --model.relative_eps true), or another "
-        f"variant ({', '.join(others)})."
+        f" The heatmap is quiet ({100 * share:.1f} % of its relevance in the background) but the classifier is not clean: below "
+        "epsilon, relevance vanishes and the effect does not. Train with --preset steady (an epsilon that is small and relative); if "
+        f"that was so, with another variant ({', '.join(others)})."
     )
 
 

@@ -64,7 +64,7 @@ class ISNet(nn.Module):
         model: a classifier ``[N, C_in, ...] -> logits [N, C]`` of supported layers (``fisnet_cuda.supported()``).
         variant: "original", "selective", "stochastic", "dual" or "contrast".
         eps: epsilon of the epsilon rule (absolute, in units of a pre-activation), or an `Epsilon` rule, for instance
-            ``Epsilon(1e-2, relative=True)``. Dual's z+ map uses the same number.
+            ``Epsilon(1e-2, relative=True)``. z^B and Dual's z+ map use the same number, beside a relative one 0.01.
         eta_eps: ``t`` of Selective's eta.
         select: Selective's class: "lowest", "random" (any but the top) or "top".
         first_layer: "zb" for inputs with bounds (images), "epsilon" for any input.

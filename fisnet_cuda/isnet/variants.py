@@ -107,7 +107,8 @@ def draw_contrast(logits: Tensor, multilabel: bool, generator: torch.Generator |
         E[R_v^2] = 1 / (C - 1)  sum_c (R_c - mean_c R_c)^2
 
     so one map estimates the squared relevance of all classes without bias, as Hutchinson's estimator does a trace. Two classes
-    leave ``v = +-(1, -1) / sqrt(2)``: the decision itself.
+    leave ``v = +-(1, -1) / sqrt(2)``: the decision itself, whose map's total is 0 where the answer turns; with a large w2 the heatmap
+    loss holds an answer on its side (docs/tool.md, "Two classes").
 
     Args:
         logits: ``[N, C]``; their shape, device and dtype count, not their values.

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
+from ..errors import InputError
 from .averaging import EMA
 from .checkpoints import Checkpoints, EarlyStop
 from .divergence import DivergenceGuard
 from .heatmaps import HeatmapFigures
 from .resume import WholeEpochs
 from .run_folder import RunFolder
-from .swap import SwapCheck
+from .swap import NAMES, SwapCheck
 
 __all__ = ["callbacks"]
 
@@ -59,6 +60,8 @@ def callbacks(
         >>> [type(callback).__name__ for callback in callbacks("runs/a", patience=5, figures_every=0)]
         ['DivergenceGuard', 'SwapCheck', 'WholeEpochs', 'EarlyStop', 'RunFolder', 'Checkpoints']
     """
+    if monitor in NAMES and swap_every != 1:  # told now, not after the first epoch that has no swap
+        raise InputError(f"monitor {monitor} needs a background swap in every epoch: set swap_every to 1, got {swap_every}")
     return [
         DivergenceGuard(factor=divergence_factor),
         *([HeatmapFigures(run, figures_every, figures_images)] if figures_every else []),

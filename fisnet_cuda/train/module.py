@@ -56,7 +56,7 @@ class ISNetModule(pl.LightningModule):
         variant: "stochastic", "selective", "dual" or "original" of the papers, or "contrast", ours (see `ISNet`); "standard": the
             plain classifier, no heatmap loss.
         eps: epsilon of LRP-epsilon, in units of a pre-activation, or of its scale with ``relative_eps``.
-        relative_eps: epsilon is relative to the scale of each layer's pre-activations.
+        relative_eps: epsilon is relative to the scale (root mean square) of each layer's activations.
         eta_eps: ``t`` of Selective's eta.
         select: Selective's class: "lowest", "random" or "top".
         first_layer: "zb" (bounds of the input from ``spec``) or "epsilon".

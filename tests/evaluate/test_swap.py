@@ -292,7 +292,7 @@ def test_the_heatmap_is_crossed_with_it():
     assert leaks.warns
     quiet = leaks.says(share=0.001, variant="selective")
     assert "The heatmap is quiet (0.1 % of its relevance in the background) but the classifier is not clean" in quiet
-    assert "--model.eps 1e-4 --model.relative_eps true" in quiet
+    assert "--preset steady" in quiet
     assert "variant (stochastic, contrast, original)" in quiet
     assert "variant (contrast, original)" in leaks.says(share=0.001, variant="stochastic")
     assert "shows it, too (60 %" in leaks.says(share=0.6, variant="dual")
@@ -306,6 +306,8 @@ def test_few_images_warn_of_nothing():
     assert few.gap.value > GAP
     assert not few.warns
     assert "not decided, too few images (20)" in few.says()
+    assert "not decided, too few images (20)" in of(20, 20, 20).says()  # none fell, but up to 16 points are not ruled out
+    assert "accuracy holds" in of(40, 40, 40).says()
     assert "nothing that could fall" in of(100, 11, 8).says()
     assert "Pasting alone costs 40 points" in of(100, 55, 54, plain=95).says()
 

@@ -109,7 +109,7 @@ class TestSettings:
         assert [(s.system, s.deep, s.seed) for s in found] == [
             (name, deep, seed) for seed in range(3) for name, deep in (("original", False), ("original", True), ("rrr", False))
         ]
-        assert {s.strength for s in found if s.system == "rrr"} == {10.0}
+        assert {s.strength for s in found if s.system == "rrr"} == {0.1}
 
 
 def test_quick_run_of_two_systems(data, tmp_path, capsys):
@@ -125,7 +125,7 @@ def test_quick_run_of_two_systems(data, tmp_path, capsys):
     page = path.with_suffix(".md").read_text()
     assert "`python -m benchmarks.experiments.biased_mnist --data mnist.npz --quick --seeds 1`" in page
     assert "background share | swap gap" in page
-    assert "Weights of the attention losses: RRR (input gradients) 10; four values" in page
+    assert "Weights of the attention losses: RRR (input gradients) 0.1; four values" in page
     assert "Not finished: 14 of 16 trainings are missing." in page
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     # a second run trains nothing, and rows of other settings are not drawn

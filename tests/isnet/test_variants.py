@@ -451,3 +451,31 @@ def test_target_beyond_the_classes(bad):
 def test_target_needs_relevance():
     with pytest.raises(ValueError, match="target= says what to explain: pass relevance=True with it"):
         fc.ISNet(classifier(4))(rand(1, 3, 8, 8), target=1)
+
+
+def pull(variant: str, w2: float, weights: list[list[float]], pixels: int = 1) -> float:
+    """Which way a step moves l_0 - l_1 of a linear net without bias whose answer, class 1, is wrong; > 0: to the right one."""
+    x = torch.cat([torch.ones(64, 1, 1, pixels), torch.zeros(64, 1, 1, 1)], -1)  # the background is 0 and has no relevance
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(pixels + 1, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor(weights))
+    net = fc.ISNet(model, variant=variant, first_layer="epsilon", generator=torch.Generator().manual_seed(0))
+    total, _ = fc.ISNetLoss(P=0.7, w2=w2)(net(x, relevance=True), torch.zeros(64, dtype=torch.long), (x > 0).float())
+    total.backward()
+    step = -model[1].weight.grad.sum(1)
+    return float(step[0] - step[1])
+
+
+@pytest.mark.parametrize(
+    ("variant", "w2", "right"),
+    [("contrast", 3.0, False), ("contrast", 0.16, False), ("contrast", 0.14, True), ("selective", 3.0, False), ("selective", 0.1, True),
+     ("stochastic", 3.0, True), ("original", 3.0, True)],
+)  # fmt: skip
+def test_the_foreground_loss_of_two_classes_holds_a_wrong_answer_unless_w2_is_small(variant, w2, right):
+    """docs/tool.md, "Two classes": at the turn, 2 P w2 / C1 / sqrt(2) against (1 - P) / 2; a foreground of one sign."""
+    assert (pull(variant, w2, [[1.500, 0.0], [1.501, 0.0]]) > 0) == right
+
+
+@pytest.mark.parametrize("variant", ["contrast", "selective"])
+def test_a_foreground_of_both_signs_has_no_wall(variant):
+    assert pull(variant, 3.0, [[4.0, -2.0, 0.0], [2.0, 0.001, 0.0]], pixels=2) > 0

@@ -137,6 +137,13 @@ def test_the_heatmap_is_crossed_with_it():
     assert not math.isnan(check.state_dict()["last"]["share"])
 
 
+@pytest.mark.parametrize("every", [0, 3])
+def test_what_chooses_the_best_epoch_must_be_measured_in_every_epoch(tmp_path, every):
+    with pytest.raises(InputError, match="monitor val/swap_gap needs a background swap in every epoch"):
+        callbacks(tmp_path, monitor="val/swap_gap", swap_every=every)
+    assert callbacks(tmp_path, monitor="val/swap_gap")
+
+
 @pytest.mark.parametrize(("given", "words"), [({"every": -1}, "swap_every"), ({"images": 3}, "swap_images")])
 def test_settings_are_refused(given, words):
     with pytest.raises(InputError, match=words):
