@@ -283,7 +283,8 @@ def one(job: Row, given: Row) -> list[Row]:
 
     for name, setting in trainings(job).items():
         watch(name, build(setting, task), -1)
-        fit(setting, task, partial(watch, name))
+        if fit(setting, task, partial(watch, name)).diverged:
+            raise RuntimeError(f"{name}, seed {setting.seed}: the loss is not finite; no agreement of this seed is reported")
     return rows
 
 

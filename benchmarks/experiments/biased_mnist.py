@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     clock = path.with_name(path.name.replace("biased_mnist", "biased_mnist-time"))
     if options.time:
         torch.set_num_threads(run.threads)
-        chosen = list({(s.system, s.deep): s for s in settings(run, options.systems)}.values())
+        chosen = list({(s.system, s.deep): s for s in settings(run, options.systems and ['standard', *options.systems])}.values())
         step_times(clock, load(options.data).to(run.device), chosen, rounds=run.pick(1, 20, 50))
     elif not run.draw:
         load(options.data, 600, 60)  # a wrong --data is told before processes start
