@@ -12,6 +12,7 @@ import torch
 from data import make
 
 import fisnet_cuda as fc
+from fisnet_cuda.nets import small
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -127,7 +128,7 @@ def known(flag, accepted):
 
 def test_python_of_the_tools_page(tmp_path, monkeypatch):
     """It runs as it stands, but for size, length and the network."""
-    (code,) = python_blocks(TEXTS["docs/tool.md"])
+    _, code = python_blocks(TEXTS["docs/tool.md"])
     for old, new in (("size=224", "size=32"), ("max_epochs=20", "max_epochs=3, enable_progress_bar=False"),
                      ("nets.resnet18", "nets.small"), ("batch_size=16", "batch_size=4")):  # fmt: skip
         assert old in code
@@ -140,6 +141,20 @@ def test_python_of_the_tools_page(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "dual" / "best.ckpt").is_file()
 
 
-def test_links_of_the_tools_page_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", TEXTS["docs/tool.md"]):
-        assert (ROOT / "docs" / target).exists(), f"docs/tool.md: {target}"
+def test_background_swap_of_the_tools_page(capsys):
+    code, _ = python_blocks(TEXTS["docs/tool.md"])
+    masks = torch.zeros(12, 1, 16, 16)
+    masks[..., 4:12, 4:12] = 1
+    names = {"net": small(2, 1), "images": torch.rand(12, 1, 16, 16), "masks": masks, "labels": torch.arange(12) % 2}
+    exec(compile(code, "docs/tool.md", "exec"), names)
+    assert names["swap"].n == 12
+    assert "background" in capsys.readouterr().out
+
+
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "experiments" / "README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_of_the_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
