@@ -1,7 +1,8 @@
-"""What the ISNets are compared with: five other ways to use masks of the foreground, written from their papers.
+"""What the ISNets are compared with: six other ways to use masks of the foreground, written from their papers.
 
-``masked`` and ``segmented`` hide the background from the classifier; ``rrr``, ``gradcam`` and ``hirescam`` add a loss on an
-explanation to the cross entropy, weighted by `Setting.strength`, and need no mask at test.
+``masked`` and ``segmented`` hide the background from the classifier, ``mixed`` gives it backgrounds of other images; ``rrr``,
+``gradcam`` and ``hirescam`` add a loss on an explanation to the cross entropy, weighted by `Setting.strength`. Only ``masked`` needs
+masks at test.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fisnet_cuda.evaluate.swap import swap_backgrounds
+
 from .nets import supervised
 from .systems import Setting, Stage, System, system
 from .tasks import Images, Task
 
-__all__ = ["RRR", "GradCAM", "Masked", "Segmented", "UNet", "background_part", "dice", "grad_cam", "input_gradient_penalty"]
+__all__ = [
+    "RRR", "GradCAM", "HiResCAM", "Masked", "Mixed", "Segmented", "UNet", "background_part", "dice", "grad_cam",
+    "input_gradient_penalty",
+]  # fmt: skip
 
 EPS = 1e-8  # of sums that are divided by; a Grad-CAM is of the order of a logit
 
@@ -41,6 +47,29 @@ class Masked(System):
     def loss(self, batch: Images) -> tuple[Tensor, Mapping[str, Tensor]]:
         loss = F.cross_entropy(self.model(self.prepare(batch.images, batch.masks)), batch.labels)
         return loss, {"classification": loss.detach()}
+
+
+@system("mixed")
+class Mixed(System):
+    """Backgrounds swapped at random in training: the plainest way to say with masks that the background tells nothing.
+
+    Each image of a batch gets, with probability ``setting.strength``, the background of another one, whose object is filled in
+    (`fisnet_cuda.evaluate.swap.swap_backgrounds`); the net sees whole images at test. As augmentation in Xiao et al. 2021 (arXiv
+    2006.09994, "mixed-rand") and Ryali et al. 2021 (arXiv 2103.12719, "BG_Swaps"). The background swap of `measure` asks what this
+    net was trained on: its gap is no independent witness here.
+    """
+
+    def __init__(self, setting: Setting, task: Task) -> None:
+        super().__init__(setting, task)
+        self.generator = torch.Generator().manual_seed(setting.seed)
+
+    def loss(self, batch: Images) -> tuple[Tensor, Mapping[str, Tensor]]:
+        n, device = len(batch), batch.images.device
+        donors = torch.randperm(n, generator=self.generator).to(device)
+        chosen = (torch.rand(n, generator=self.generator) < self.setting.strength).to(device)
+        mixed = swap_backgrounds(batch.images, batch.masks, batch.images[donors], batch.masks[donors])
+        images = torch.where(chosen[:, None, None, None], mixed, batch.images)
+        return super().loss(Images(images, batch.labels, batch.masks))
 
 
 @system("segmented")

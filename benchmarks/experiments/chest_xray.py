@@ -223,7 +223,7 @@ HEATMAPS = {
     "original": QUIET, "stochastic": {**QUIET, "P": 0.7}, "selective": {"P": 0.7, "w1": 1.0, "w2": 0.1}, "dual": QUIET,
     "contrast": QUIET,
 }  # fmt: skip
-STRENGTHS = {"rrr": 100.0, "gradcam": 0.1, "hirescam": 100.0}
+STRENGTHS = {"rrr": 100.0, "gradcam": 0.1, "hirescam": 100.0, "mixed": 0.5}
 TUNED_ON = 100  # a seed of which nothing is reported
 TRIED = {  # as many values for each system that has a weight to choose
     **{name: [{"P": 0.7}, {"P": 0.8}, {"P": 0.9}, {"P": 0.8, "w2": 0.1}] for name in ("original", "stochastic")},
@@ -231,7 +231,7 @@ TRIED = {  # as many values for each system that has a weight to choose
     "dual": [{"P": 0.8}, {"P": 0.9, "w1": 5.0}, {"P": 0.8, "w2": 0.1}, {"P": 0.9, "w2": 0.1}],
     **{name: [{"strength": value} for value in (0.1, 1.0, 10.0, 100.0)] for name in ("rrr", "gradcam", "hirescam")},
 }
-BASELINES = ("masked", "segmented", "rrr", "gradcam", "hirescam")
+BASELINES = ("masked", "segmented", "mixed", "rrr", "gradcam", "hirescam")
 NAMES = ("standard", *ISNETS, *BASELINES)
 
 

@@ -19,7 +19,7 @@ __all__ = ["COLOURS", "dots", "draw_sets", "save"]
 # Okabe and Ito's palette; baselines that hide the background share one colour, those that lose by attention another
 COLOURS = {
     "standard": GREY, "original": VERMILION, "selective": ORANGE, "stochastic": BLUE, "dual": GREEN, "contrast": PURPLE,
-    "masked": "#A8A8A8", "segmented": "#A8A8A8", "rrr": SKY, "gradcam": SKY, "hirescam": SKY,
+    "masked": "#A8A8A8", "segmented": "#A8A8A8", "rrr": SKY, "gradcam": SKY, "hirescam": SKY, "mixed": "#A8A8A8",
 }  # fmt: skip
 
 

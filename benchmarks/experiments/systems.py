@@ -87,6 +87,7 @@ TITLES = {
     "dual": "Dual ISNet", "contrast": "Contrast ISNet (ours)", "masked": "input masked by the true mask",
     "segmented": "segmentation net, then classifier", "rrr": "RRR (input gradients)", "gradcam": "Grad-CAM attention loss",
     "hirescam": "HiResCAM attention loss",
+    "mixed": "backgrounds swapped in training",
 }  # fmt: skip
 
 

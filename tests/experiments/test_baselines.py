@@ -18,6 +18,7 @@ from benchmarks.experiments.baselines import (
     GradCAM,
     HiResCAM,
     Masked,
+    Mixed,
     Segmented,
     UNet,
     background_part,
@@ -31,7 +32,7 @@ from benchmarks.experiments.nets import NETS, build_net, supervised
 from benchmarks.experiments.systems import SYSTEMS, Setting, build
 from benchmarks.experiments.tasks import Images, Task
 
-BASELINES = {"masked": Masked, "segmented": Segmented, "rrr": RRR, "gradcam": GradCAM, "hirescam": HiResCAM}
+BASELINES = {"masked": Masked, "segmented": Segmented, "rrr": RRR, "gradcam": GradCAM, "hirescam": HiResCAM, "mixed": Mixed}
 SMALL_NETS = ("convnet", "convnet_bn", "poolnet", "small")
 SIZE = 24
 
@@ -97,7 +98,7 @@ class TestTraining:
         trained = fit(setting(name, steps=steps), task).system.model
         assert all((a != b).any() for a, b in zip(start, trained.parameters()))
 
-    @pytest.mark.parametrize("name", ["rrr", "gradcam", "hirescam"])
+    @pytest.mark.parametrize("name", ["rrr", "gradcam", "hirescam", "mixed"])
     def test_strength_0_is_the_standard_net(self, task, name):
         plain, other = (fit(setting(s, "convnet_bn", strength=0.0), task).system.model.state_dict() for s in ("standard", name))
         for key, value in plain.items():
@@ -108,6 +109,18 @@ class TestTraining:
     @pytest.mark.parametrize("name", BASELINES)
     def test_on_a_gpu(self, task, name):
         assert not fit(setting(name, "convnet_bn"), task.to("cuda")).diverged
+
+
+class TestMixed:
+    def test_objects_stay_and_backgrounds_are_others(self, task, monkeypatch):
+        system, seen = build(setting("mixed", strength=1.0), task), []
+        monkeypatch.setattr(system, "model", lambda x: seen.append(x) or torch.zeros(len(x), 2))
+        batch = task.train[slice(0, 16)].floats()
+        system.loss(batch)
+        M = batch.masks
+        assert torch.equal(seen[0] * M, batch.images * M)
+        changed = ((seen[0] - batch.images) * (1 - M)).flatten(1).any(1)
+        assert changed.sum() >= 12, "but for those that the permutation leaves in their places"
 
 
 class TestMasked:
