@@ -99,7 +99,7 @@ class TestLoad:
 class TestSettings:
     def test_all_systems_share_everything_but_what_their_loss_does(self):
         found = settings(parse(parser(""), [])[1])
-        assert len(found) == 46
+        assert len(found) == 49
         assert len({(s.net, s.steps, s.batch, s.lr, s.momentum, s.eps, s.relative, s.P, s.d) for s in found}) == 1
         assert [s.seed for s in found if (s.system, s.deep) == ("original", False)] == [0, 1], "costly: two seeds"
         assert [s.seed for s in found if (s.system, s.deep) == ("dual", True)] == [0, 1, 2]
