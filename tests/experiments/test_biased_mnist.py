@@ -126,7 +126,7 @@ def test_quick_run_of_two_systems(data, tmp_path, capsys):
     assert "`python -m benchmarks.experiments.biased_mnist --data mnist.npz --quick --seeds 1`" in page
     assert "background share | swap gap" in page
     assert "Weights of the attention losses: RRR (input gradients) 0.1; four values" in page
-    assert "Not finished: 14 of 16 trainings are missing." in page
+    assert "Not finished: 15 of 17 trainings are missing." in page
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     # a second run trains nothing, and rows of other settings are not drawn
     write_rows(path, [*rows, {**rows[0], "steps": 5}])
