@@ -17,9 +17,11 @@ NAMES = {
     "standard": "standard", "standard net": "standard", "selective": "selective", "selective isnet": "selective",
     "stochastic": "stochastic", "stochastic isnet": "stochastic", "dual": "dual", "dual isnet": "dual", "contrast": "contrast",
     "contrast isnet (ours)": "contrast", "original": "original", "original isnet": "original",
+    "original isnet (seed 0)": "original",
     "input masked by the true mask": "masked", "digits cut out by the true masks": "masked",
     "segmentation net, then classifier": "segmented", "rrr, input gradients": "rrr",
     "right for the right reasons (input gradients)": "rrr", "grad-cam attention loss": "gradcam", "hirescam attention loss": "hirescam",
+    "backgrounds swapped in training": "mixed", "backgrounds swapped at random in training": "mixed",
 }  # fmt: skip
 CONTROLS = {"control: lungs blacked out": "background", "control: the lungs' outline only": "outline",
             "control: trained without the shortcut": "fair"}  # fmt: skip
@@ -66,3 +68,15 @@ def test_chest_xrays():
     rows = read_rows(RESULTS / "chest_xray.csv")
     (evidence,) = tables(ROOT / "docs" / "evidence.md", "Chest X-rays from two hospitals")
     assert check(evidence, rows, ["auroc_same", "auroc_swapped", "auroc_within", "share", "swap_gap"]) > 50
+
+
+def test_hidden():
+    rows = [row for row in read_rows(RESULTS / "hidden.csv") if row["kind"] == "time"]
+    (cells,) = tables(ROOT / "docs" / "evidence.md", r"Does a quiet heatmap mean a clean classifier\?")
+    for training, steps, *numbers in cells[2:]:
+        mine = [row for row in rows if row["system"] == "selective" and row["relative"] == ("relative" in training)
+                and row["steps"] == int(steps.replace(",", "")) == row["step"] and row["task"] == "small"]  # fmt: skip
+        assert len(mine) == 1, training
+        columns = ["accuracy_biased", "accuracy_unbiased", "accuracy_confounded", "share_fine", "swap_gap"]
+        for column, text in zip(columns, numbers, strict=True):
+            assert float(text) == pytest.approx(mine[0][column], abs=0.051 if column != "share_fine" else 0.0051), (training, column)
