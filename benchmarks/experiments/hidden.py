@@ -418,7 +418,7 @@ def setting_table(rows: Sequence[Row]) -> list[str]:
 def layer_table(rows: Sequence[Row]) -> list[str]:
     """One line a setting and layer."""
     columns = {
-        "net": lambda g: net_title(g[0]), "training": title, "layer": lambda g: str(g[0]["name"]),
+        "net": lambda g: net_title(g[0]), "training": title, "steps": lambda g: str(g[0]["steps"]), "layer": lambda g: str(g[0]["name"]),
         "relevance absorbed": lambda g: mean_spread(g, "absorbed"),
         "of the background's": lambda g: mean_spread(g, "absorbed_background"),
         "effect on the logits": lambda g: mean_spread(g, "effect"),
@@ -451,7 +451,7 @@ def draw_courses(rows: Sequence[Row], path: Path) -> Path:
             for training in by(group, "seed").values():
                 points = [(r["step"], r[name]) for r in training if r.get(name) is not None]
                 ax.plot(*zip(*points), style, color=colour, linewidth=1.6, marker=".", markersize=4) if points else None
-        ax.set_title(f"{net_title(group[0])}\n{title(group)}", fontsize=9)
+        ax.set_title(f"{net_title(group[0])}, {group[0]['steps']:,} steps\n{title(group)}", fontsize=9)
         ax.set_ylim(-4, 104)
         _clean(ax)
     for ax in axes.flat[len(groups) :]:
@@ -520,7 +520,7 @@ def draw_layers(rows: Sequence[Row], path: Path) -> Path:
                 ax.bar(i + (j - 1) * 0.26, sum(numbers) / max(len(numbers), 1), 0.25, color=colour)
                 ax.plot([i + (j - 1) * 0.26] * len(numbers), numbers, ".", color="black", markersize=3)
         ax.set_xticks(range(len(parts)), [p[0]["name"] for p in parts], fontsize=7, rotation=90 if len(parts) > 4 else 0)
-        ax.set_title(f"{net_title(group[0])}, {title(group)}", fontsize=8)
+        ax.set_title(f"{net_title(group[0])}, {title(group)},\n{group[0]['steps']:,} steps", fontsize=8)
         _clean(ax)
     for ax in axes.flat[len(wanted) :]:
         ax.set_visible(False)
