@@ -418,7 +418,8 @@ def setting_table(rows: Sequence[Row]) -> list[str]:
 def layer_table(rows: Sequence[Row]) -> list[str]:
     """One line a setting and layer."""
     columns = {
-        "net": lambda g: net_title(g[0]), "training": title, "steps": lambda g: str(g[0]["steps"]), "layer": lambda g: str(g[0]["name"]),
+        "net": lambda g: net_title(g[0]), "training": title,
+        **{key: lambda g, k=column: str(g[0][k]) for key, column in (("steps", "steps"), ("layer", "name"))},
         "relevance absorbed": lambda g: mean_spread(g, "absorbed"),
         "of the background's": lambda g: mean_spread(g, "absorbed_background"),
         "effect on the logits": lambda g: mean_spread(g, "effect"),
