@@ -71,7 +71,7 @@ def codes(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Example:
         >>> codes(torch.tensor([0, 1, 2]))
-        (tensor([3, 6, 1]), tensor([1, 0, 4]), tensor([1, 0, 4]))
+        (tensor([3, 6, 1]), tensor([1, 4, 2]), tensor([1, 2, 3]))
     """
     k = (labels * 123 + 11) % MOST  # 123 and 200 have no common factor
     return k % HUES, k % ORIENTATIONS, (k + k // (HUES * ORIENTATIONS)) % WAVELENGTHS
