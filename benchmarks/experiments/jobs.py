@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +153,18 @@ def run_jobs(
         spent = time.perf_counter() - begin
         print(f"{label} {done}/{len(todo)} {spent:5.0f} s  {told}: {text}", file=sys.stderr, flush=True)
 
-    def fail(done: int, job: Row, error: Exception) -> None:
-        """The other jobs go on; it is told at the end."""
-        failed.append((job, error))
-        say(done, job, f"failed: {type(error).__name__}: {error}")
+    def settle(done: int, job: Row, outcome: Callable[[], Row | list[Row]]) -> None:
+        """Keeps what came out of a job. One that failed is told, again at the end, and the others go on."""
+        try:
+            results = outcome()
+        except InputError:
+            raise
+        except Exception as error:
+            failed.append((job, error))
+            say(done, job, f"failed: {type(error).__name__}: {error}")
+            return
+        keep(job, results)
+        say(done, job, _short(results))
 
     if todo and len(todo) < len(jobs):
         print(f"{label}: {len(jobs) - len(todo)} of {len(jobs)} are in {path} already", file=sys.stderr)
@@ -164,15 +173,7 @@ def run_jobs(
         torch.set_num_threads(threads)  # as in processes of their own: what the column "threads" says is so
         try:
             for done, job in enumerate(todo, 1):
-                try:
-                    results = run(job, given or {})
-                except InputError:
-                    raise
-                except Exception as error:
-                    fail(done, job, error)
-                    continue
-                keep(job, results)
-                say(done, job, _short(results))
+                settle(done, job, partial(run, job, given or {}))
         finally:
             torch.set_num_threads(before)
     elif todo:
@@ -182,16 +183,7 @@ def run_jobs(
             pending = {pool.submit(run, job, given or {}): job for job in todo}
             try:
                 for done, future in enumerate(as_completed(pending), 1):
-                    job = pending[future]
-                    try:
-                        results = future.result()
-                    except InputError:
-                        raise
-                    except Exception as error:
-                        fail(done, job, error)
-                        continue
-                    keep(job, results)
-                    say(done, job, _short(results))
+                    settle(done, pending[future], future.result)
             except BaseException:  # those that have not begun need not run for nothing
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -30,7 +30,7 @@ from fisnet_cuda.progress import Progress
 
 from .command import Run, in_one_line, parse, parser
 from .figures import COLOURS, save
-from .fit import fit, training_clock
+from .fit import fit
 from .jobs import Row, unfinished
 from .measure import measure
 from .scene_images import BIASES, MOST, compose, sheet
@@ -70,7 +70,7 @@ def one(job: Row, given: Row) -> Row:
     """Trains and measures one system: a row's results."""
     job = dict(job)
     task = load(job.pop("classes"), *SIZES[given["scale"]]).to(given["device"])
-    fitted = fit(Setting(**job), task, clock=training_clock(given["device"]))
+    fitted = fit(Setting(**job), task)
     times = {"seconds_done": fitted.seconds, "steps_done": fitted.steps, "ms_step": 1000 * fitted.seconds / max(fitted.steps, 1)}
     return {**measure(fitted.system, task), **times, "diverged": fitted.diverged}
 
