@@ -36,6 +36,7 @@ from package import tools
 
 from benchmarks import common
 from benchmarks.tile_table import ARCHS, DTYPES, RESERVED, from_sources, resident
+from fisnet_cuda.files import make_folder, write_text
 
 LIBRARY = common.ROOT / "fisnet_cuda" / "_C.abi3.so"
 WITHOUT = ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")  # as torch compiles kernels
@@ -609,10 +610,31 @@ def markdown(rows: Sequence[dict[str, Any]], head: str) -> str:
     return "\n".join(lines)
 
 
+def write(rows: Sequence[dict[str, Any]], text: str, options: argparse.Namespace) -> list[Path]:
+    """Both files. In the JSON file a kernel is a line, in the order of ``columns``; numbers have four digits."""
+    content = {
+        "name": "machine_code",
+        "measured": False,
+        "commit": common.commit(),
+        "settings": {"arch": options.arch, "kernel": options.kernel, "assumed": H100._asdict() | {"wanted": H100.wanted}},
+        "columns": list(rows[0]) if rows else [],
+    }
+    short = [[float(f"{value:.4g}") if isinstance(value, float) else value for value in row.values()] for row in rows]
+    lines = ",\n  ".join(json.dumps(row) for row in short)
+    make_folder(options.out)
+    return [
+        write_text(
+            common.result_path("machine_code", options.arch, options.out, ".json"),
+            f'{json.dumps(content, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n',
+        ),
+        write_text(common.result_path("machine_code", options.arch, options.out, ".md"), text),
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--library", type=Path, default=LIBRARY, help="a built extension, or a cubin")
+    p.add_argument("--library", type=Path, default=LIBRARY, help="a built extension")
     p.add_argument("--arch", choices=ARCHS, default="sm_90")
     p.add_argument("--kernel", default="", help="a regular expression that kernels' names must match")
     p.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the result files (benchmarks/results)")
@@ -633,17 +655,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.print:
         print(text)
         return 0
-    paths = [options.out / f"machine-code-{options.arch}{suffix}" for suffix in (".json", ".md")]
-    content = {
-        "name": "machine_code",
-        "measured": False,
-        "commit": common.commit(),
-        "settings": {"arch": options.arch, "kernel": options.kernel, "assumed": H100._asdict() | {"wanted": H100.wanted}},
-        "rows": rows,
-    }
-    common.save_json(content, paths[0])
-    paths[1].write_text(text)
-    print("\n".join(str(path) for path in paths))
+    for path in write(rows, text, options):
+        print(path)
     return 0
 
 

@@ -1,5 +1,6 @@
 """`benchmarks/machine_code.py`: what it reads off instructions, against hand counts; and what the built library must keep to."""
 
+import argparse
 import functools
 import json
 import re
@@ -236,6 +237,23 @@ def test_the_table_says_what_was_read():
     assert "| `phi_scale_kernel<bf16, 8, 2, false, false>` | 72 " in text
     assert "## bf16" in text
     assert "16:2 2:1" in text
+
+
+def test_the_files_hold_the_rows(tmp_path):
+    rows = [m.describe(Function("phi_scale_kernel<float, 4, 2, false, false>", 72, 0, 0, 256, COPY), dynamic=0)]
+    paths = m.write(rows, "text", argparse.Namespace(out=tmp_path / "new", arch="sm_90", kernel=""))
+    assert [path.name for path in paths] == ["machine_code-sm-90.json", "machine_code-sm-90.md"]
+    content = json.loads(paths[0].read_text())
+    assert content["measured"] is False
+    (row,) = content["rows"]
+    assert dict(zip(content["columns"], row))["of_littles_law"] == pytest.approx(1.383)
+    assert paths[1].read_text() == "text"
+
+
+@needs_disassembler
+def test_errors_say_what_to_do(tmp_path, capsys):
+    assert m.main(["--library", str(tmp_path / "none.so"), "--print"]) == 2
+    assert "there is no such file; make build" in capsys.readouterr().err
 
 
 # ---- the library ---------------------------------------------------------------------------------------------------------------------
