@@ -184,6 +184,8 @@ def jobs(run: Run, net: str = "convnet") -> list[Row]:
     add("small", "convnet3", "stochastic", 1, steps, RELATIVE)
     add("small", "convnet3", "contrast", 1, steps, ABSOLUTE)
     add("small", "convnet3_bn", "selective", 1, steps, ABSOLUTE, RELATIVE)
+    add("small", "convnet3_bn", "stochastic", 2, steps, RELATIVE)
+    add("small", "convnet3_bn", "contrast", 1, steps, RELATIVE)
     add("digits", "convnet3", "selective", 2, steps, ABSOLUTE, RELATIVE)
     # why: another class, an eta that does not saturate, no epsilon at the first layer
     add("small", "convnet3", "selective", 1, steps, ABSOLUTE, select="random")
