@@ -182,14 +182,15 @@ def jobs(run: Run, net: str = "convnet") -> list[Row]:
     add("small", "convnet3", "selective", run.seeds, steps, ABSOLUTE, RELATIVE)
     add("small", "convnet3", "selective", 1, steps, FINER, COARSE)
     add("small", "convnet3", "stochastic", 2, steps, ABSOLUTE)
-    add("small", "convnet3", "stochastic", 1, steps, RELATIVE)
+    add("small", "convnet3", "stochastic", run.seeds, steps, RELATIVE)
     add("small", "convnet3", "contrast", 1, steps, ABSOLUTE)
+    add("small", "convnet3", "contrast", run.seeds, steps, RELATIVE)
     add("small", "convnet3_bn", "selective", 1, steps, ABSOLUTE, RELATIVE)
-    # Stochastic's nets with BatchNorm die at the others' rate: all three at a quarter of it, too
+    # Stochastic's net with BatchNorm dies at the others' rate: all three at a quarter of it, too
     add("small", "convnet3_bn", "stochastic", 1, steps, RELATIVE)
-    add("small", "convnet3_bn", "stochastic", 2, steps, RELATIVE, lr=0.02)
+    add("small", "convnet3_bn", "stochastic", run.seeds, steps, RELATIVE, lr=0.02)
     add("small", "convnet3_bn", "selective", 1, steps, RELATIVE, lr=0.02)
-    add("small", "convnet3_bn", "contrast", 1, steps, RELATIVE, lr=0.02)
+    add("small", "convnet3_bn", "contrast", run.seeds, steps, RELATIVE, lr=0.02)
     add("digits", "convnet3", "selective", 2, steps, ABSOLUTE, RELATIVE)
     # why: another class, an eta that does not saturate, no epsilon at the first layer
     add("small", "convnet3", "selective", 1, steps, ABSOLUTE, select="random")
