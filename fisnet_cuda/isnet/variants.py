@@ -134,6 +134,6 @@ def draw_contrast(logits: Tensor, multilabel: bool, generator: torch.Generator |
     # equal numbers have no contrast: should they be drawn, they are given one, so that the norm is never 0
     drawn[:, :1] += (drawn == drawn[:, :1]).all(1, keepdim=True)
     v = drawn.double()  # numbers that are almost equal keep a zero sum
-    if not multilabel:
+    if not multilabel and logits.shape[1] > 2:
         v = v - v.mean(1, keepdim=True)
     return (v / torch.linalg.vector_norm(v, dim=1, keepdim=True)).to(wide)
