@@ -220,7 +220,7 @@ def load(folder: str, seed: int, view: str = "shortcut", size: int = SIZE) -> Ta
 QUIET = {"P": 0.8, "w1": 1.0, "w2": 3.0}
 HEATMAPS = {
     "original": QUIET, "stochastic": {**QUIET, "P": 0.7}, "selective": {"P": 0.7, "w1": 1.0, "w2": 0.1}, "dual": QUIET,
-    "contrast": QUIET,
+    "contrast": {**QUIET, "P": 0.7},
 }  # fmt: skip
 STRENGTHS = {"rrr": 100.0, "gradcam": 0.1, "hirescam": 100.0, "mixed": 0.5}
 TUNED_ON = 100  # a seed of which nothing is reported
