@@ -182,14 +182,18 @@ def jobs(run: Run, net: str = "convnet") -> list[Row]:
     add("small", "convnet3", "selective", run.seeds, steps, ABSOLUTE, RELATIVE)
     add("small", "convnet3", "selective", 1, steps, FINER, COARSE)
     add("small", "convnet3", "stochastic", 2, steps, ABSOLUTE)
-    add("small", "convnet3", "stochastic", 1, steps, RELATIVE)
+    add("small", "convnet3", "stochastic", run.seeds, steps, RELATIVE)
     add("small", "convnet3", "contrast", 1, steps, ABSOLUTE)
+    add("small", "convnet3", "contrast", run.seeds, steps, RELATIVE)
     add("small", "convnet3_bn", "selective", 1, steps, ABSOLUTE, RELATIVE)
-    # Stochastic's nets with BatchNorm die at the others' rate: all three at a quarter of it, too
+    # Stochastic's net with BatchNorm dies at the others' rate: all three at a quarter of it, too
     add("small", "convnet3_bn", "stochastic", 1, steps, RELATIVE)
-    add("small", "convnet3_bn", "stochastic", 2, steps, RELATIVE, lr=0.02)
+    add("small", "convnet3_bn", "stochastic", run.seeds, steps, RELATIVE, lr=0.02)
     add("small", "convnet3_bn", "selective", 1, steps, RELATIVE, lr=0.02)
-    add("small", "convnet3_bn", "contrast", 1, steps, RELATIVE, lr=0.02)
+    add("small", "convnet3_bn", "contrast", run.seeds, steps, RELATIVE, lr=0.02)
+    # a heavier background loss
+    add("small", "convnet3_bn", "stochastic", 1, steps, RELATIVE, lr=0.02, w1=10.0)
+    add("small", "convnet3_bn", "selective", 1, steps, RELATIVE, lr=0.02, w1=10.0)
     add("digits", "convnet3", "selective", 2, steps, ABSOLUTE, RELATIVE)
     # why: another class, an eta that does not saturate, no epsilon at the first layer
     add("small", "convnet3", "selective", 1, steps, ABSOLUTE, select="random")
@@ -380,7 +384,7 @@ def signal_table(rows: Sequence[Row]) -> list[str]:
 
 # ---- page and figures ------------------------------------------------------------------------------------------------------
 
-KEYS = ("task", "net", "system", "select", "eta_eps", "eps", "relative", "lr", "steps")
+KEYS = ("task", "net", "system", "select", "eta_eps", "eps", "relative", "w1", "lr", "steps")
 NETS = {"convnet3": "net", "convnet3_bn": "net with BN", "convnet": "net", "resnet18": "ResNet-18", "resnet18_slim": "slim ResNet-18"}
 
 
@@ -402,7 +406,8 @@ def title(group: Sequence[Row]) -> str:
         return name
     extra = ", random class" if row["select"] == "random" else f", eta's t {row['eta_eps']:g}" if row["eta_eps"] != 1e-2 else ""
     rate = "" if row["lr"] == RATES.get(row["task"], RATE) else f", rate {row['lr']:g}"
-    return f"{name.replace(' ISNet', '')}{extra}, eps {epsilon_title(row)}{rate}"
+    weight = "" if row["w1"] == 1 else f", w1 {row['w1']:g}"
+    return f"{name.replace(' ISNet', '')}{extra}, eps {epsilon_title(row)}{weight}{rate}"
 
 
 def ends(rows: Sequence[Row]) -> list[Row]:
