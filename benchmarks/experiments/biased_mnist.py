@@ -187,7 +187,8 @@ def notes(rows: Sequence[Row], scale: str) -> list[str]:
         "layer's scale; that is also the ISNets' epsilon in training. Pixels that a system blanks count as 0, so \"masked\" has 0 by "
         "construction.",
         "Swap gap: points of accuracy that go when a biased validation digit gets the background of another class in place of its own "
-        "class's; \"masked\" is left out, as composites have no true mask.",
+        "class's; \"masked\" is left out, as composites have no true mask. Where backgrounds are swapped in training (each image's "
+        f"with probability {STRENGTHS['mixed']:g}, which was not tuned) it asks what was trained, and is no independent witness.",
         "Time per epoch, and its ratio to the standard net's: by `--time`, steps of all systems in turn (`steptime`), not by the "
         "clock of the trainings.",
     ]

@@ -316,7 +316,10 @@ NOTES = (
     "Ranks are taken over the whole image: how much of it is black (borders) moves the lungs' values, too, so that a little of the "
     "hospital outside the lungs stays in them, for every system and for \"masked\".",
     "Background share: of the predicted class's heatmap on the training's pairing, by epsilon 1e-4 of each layer's scale. Pixels that "
-    "a system blanks count as 0. Swap gap: on validation images, of which there are few dozens: a step of about two points.",
+    "a system blanks count as 0. Swap gap: on validation images, of which there are few dozens: a step of about two points. Where "
+    "backgrounds are swapped in training it asks what was trained, and is no independent witness.",
+    f"Where backgrounds are swapped in training, each image's is with probability {STRENGTHS['mixed']:g}; that was not tuned, and "
+    "nothing was for the two ways together: weights are those of the Stochastic ISNet.",
     "AUC within a hospital: normal against tuberculous lungs of one hospital, mean of the two; the hospital is no help there, and 50 "
     "means that the disease was not learned.",
 )
