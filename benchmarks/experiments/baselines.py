@@ -1,8 +1,9 @@
-"""What the ISNets are compared with: six other ways to use masks of the foreground, written from their papers.
+"""What the ISNets are compared with: six other ways to use masks of the foreground, written from their papers, and one together with
+an ISNet.
 
-``masked`` and ``segmented`` hide the background from the classifier, ``mixed`` gives it backgrounds of other images; ``rrr``,
-``gradcam`` and ``hirescam`` add a loss on an explanation to the cross entropy, weighted by `Setting.strength`. Only ``masked`` needs
-masks at test.
+``masked`` and ``segmented`` hide the background from the classifier, ``mixed`` gives it backgrounds of other images, and so does
+``stochastic_mixed`` to a Stochastic ISNet; ``rrr``, ``gradcam`` and ``hirescam`` add a loss on an explanation to the cross entropy,
+weighted by `Setting.strength`. Only ``masked`` needs masks at test.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisnet_cuda.evaluate.swap import swap_backgrounds
+from fisnet_cuda.data.backgrounds import paste
 
 from .nets import supervised
-from .systems import Setting, Stage, System, system
+from .systems import ISNetSystem, Setting, Stage, System, system
 from .tasks import Images, Task
 
 __all__ = [
-    "RRR", "GradCAM", "HiResCAM", "Masked", "Mixed", "Segmented", "UNet", "background_part", "dice", "grad_cam",
+    "RRR", "GradCAM", "HiResCAM", "Masked", "Mixed", "Segmented", "StochasticMixed", "UNet", "background_part", "dice", "grad_cam",
     "input_gradient_penalty",
 ]  # fmt: skip
 
@@ -49,27 +50,49 @@ class Masked(System):
         return loss, {"classification": loss.detach()}
 
 
-@system("mixed")
-class Mixed(System):
-    """Backgrounds swapped at random in training: the plainest way to say with masks that the background tells nothing.
+class Swapping(System):
+    """Gives each image of a batch, with probability ``setting.strength``, the background of another one, whose object is filled in
+    (`fisnet_cuda.data.backgrounds.paste`), before the loss of the system that it is mixed into.
 
-    Each image of a batch gets, with probability ``setting.strength``, the background of another one, whose object is filled in
-    (`fisnet_cuda.evaluate.swap.swap_backgrounds`); the net sees whole images at test. As augmentation in Xiao et al. 2021 (arXiv
-    2006.09994, "mixed-rand") and Ryali et al. 2021 (arXiv 2103.12719, "BG_Swaps"). The background swap of `measure` asks what this
-    net was trained on: its gap is no independent witness here.
+    Who swaps with whom hangs on the setting's seed and the step: systems of a seed see the same composites.
     """
 
     def __init__(self, setting: Setting, task: Task) -> None:
         super().__init__(setting, task)
         self.generator = torch.Generator().manual_seed(setting.seed)
 
-    def loss(self, batch: Images) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def swapped(self, batch: Images) -> Images:
+        """The batch with some of its backgrounds swapped; masks and labels stay those of the objects."""
         n, device = len(batch), batch.images.device
-        donors = torch.randperm(n, generator=self.generator).to(device)
-        chosen = (torch.rand(n, generator=self.generator) < self.setting.strength).to(device)
-        mixed = swap_backgrounds(batch.images, batch.masks, batch.images[donors], batch.masks[donors])
-        images = torch.where(chosen[:, None, None, None], mixed, batch.images)
-        return super().loss(Images(images, batch.labels, batch.masks))
+        donors = torch.randperm(n, generator=self.generator)
+        rows = (torch.rand(n, generator=self.generator) < self.setting.strength).nonzero()[:, 0]
+        images = paste(batch.images, batch.masks, rows.to(device), donors[rows].to(device))
+        return Images(images, batch.labels, batch.masks)
+
+    def loss(self, batch: Images) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return super().loss(self.swapped(batch))
+
+
+@system("mixed")
+class Mixed(Swapping):
+    """Backgrounds swapped at random in training: the plainest way to say with masks that the background tells nothing.
+
+    The net sees whole images at test. As augmentation in Xiao et al. 2021 (arXiv 2006.09994, "mixed-rand") and Ryali et al. 2021 (arXiv
+    2103.12719, "BG_Swaps"). The background swap of `measure` asks what this net was trained on: its gap is no independent witness here.
+    """
+
+
+@system("stochastic_mixed")
+class StochasticMixed(Swapping, ISNetSystem):
+    """A Stochastic ISNet that learns from images some of which stand on another one's background, as `Mixed` does: both at once.
+
+    The heatmap loss sees the masks of the pasted objects. As for `Mixed`, the swap gap is no independent witness.
+    """
+
+    variant = "stochastic"
+
+    def classifier_loss(self, batch: Images) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return super().classifier_loss(self.swapped(batch))
 
 
 @system("segmented")

@@ -20,7 +20,7 @@ import fisnet_cuda as fc
 from .nets import build_net, supervised
 from .tasks import Images, Task
 
-__all__ = ["ISNETS", "SYSTEMS", "Setting", "Stage", "System", "build", "system"]
+__all__ = ["ISNETS", "SYSTEMS", "ISNetSystem", "Setting", "Stage", "System", "build", "system"]
 
 ISNETS = ("original", "selective", "stochastic", "dual", "contrast")
 
@@ -41,7 +41,7 @@ class Setting:
         eta_eps, select: Selective's.
         P, d, w1, w2, c1, c2: ISNets: the heatmap loss (`fisnet_cuda.ISNetLoss`).
         tune: ISNets: so many of the steps train the classifier alone, then C1 and C2 are set from its heatmaps.
-        strength: baselines: weight of their attention loss beside the cross entropy.
+        strength: baselines: weight of their attention loss beside the cross entropy; where backgrounds are swapped: the probability.
     """
 
     system: str
@@ -87,7 +87,7 @@ TITLES = {
     "dual": "Dual ISNet", "contrast": "Contrast ISNet (ours)", "masked": "input masked by the true mask",
     "segmented": "segmentation net, then classifier", "rrr": "RRR (input gradients)", "gradcam": "Grad-CAM attention loss",
     "hirescam": "HiResCAM attention loss",
-    "mixed": "backgrounds swapped in training",
+    "mixed": "backgrounds swapped in training", "stochastic_mixed": "Stochastic ISNet + backgrounds swapped",
 }  # fmt: skip
 
 
@@ -162,13 +162,19 @@ class System:
 
 
 class ISNetSystem(System):
-    """One of the ISNets."""
+    """One of the ISNets.
+
+    Attributes:
+        variant: which one; None: the system's name says it.
+    """
+
+    variant: str | None = None
 
     def __init__(self, setting: Setting, task: Task) -> None:
         super().__init__(setting, task)
         s, device = setting, task.train.images.device
         self.net = fc.ISNet(
-            self.model, s.system, eps=s.epsilon, eta_eps=s.eta_eps, select=s.select, check="never",
+            self.model, self.variant or s.system, eps=s.epsilon, eta_eps=s.eta_eps, select=s.select, check="never",
             supervise=supervised(s.net) if s.deep else (), generator=torch.Generator(device).manual_seed(s.seed),
         )  # fmt: skip
         self.heatmap_loss = fc.ISNetLoss(P=s.P, d=s.d, w1=s.w1, w2=s.w2, c1=s.c1, c2=s.c2)
@@ -180,9 +186,13 @@ class ISNetSystem(System):
             return [whole]
         share = self.setting.tune / max(self.setting.steps, 1)
         return [
-            Stage("classifier alone", whole.parameters, super().loss, share),
+            Stage("classifier alone", whole.parameters, self.classifier_loss, share),
             Stage("ISNet", self._tuned_parameters, self.loss, 1 - share),
         ]
+
+    def classifier_loss(self, batch: Images) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss of the steps before C1 and C2 are tuned."""
+        return System.loss(self, batch)
 
     def _tuned_parameters(self) -> list[nn.Parameter]:
         """Sets C1 and C2 from the maps of the classifier so far; called when its stage begins."""

@@ -27,6 +27,7 @@ COLUMNS = {
     "train/loss": ("train loss", 10),
     "train/classification": ("class.", 7),
     "train/heatmap": ("heatmap", 8),
+    "train/swapped": ("swapped", 7),
     "val/loss": ("val loss", 9),
     "val/accuracy": ("accuracy", 8),
     "val/balanced_accuracy": ("balanced", 8),
@@ -41,6 +42,7 @@ LEGEND = (
     "best; all but the training losses are of the validation images"
 )
 
+SWAPPED = "swapped = share of the training images that had another one's background"
 
 _LEFT_BEHIND = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
 
@@ -198,7 +200,7 @@ class Console(ProgressBar):
         metrics = {name: float(value) for name, value in found.items()}
         if not self.columns or not set(metrics) & set(COLUMNS) <= set(self.columns):
             if not self.columns:
-                say("\n" + LEGEND)
+                say("\n" + LEGEND + (f"\n{SWAPPED}" if "train/swapped" in metrics else ""))
             self.columns = [name for name in COLUMNS if name in metrics]
             say(f"{'epoch':>9} {'time':>7}  " + "  ".join(f"{COLUMNS[n][0]:>{COLUMNS[n][1]}}" for n in self.columns))
         cells = [f"{metrics[n]:>{COLUMNS[n][1]}.4f}" if n in metrics else " " * COLUMNS[n][1] for n in self.columns]

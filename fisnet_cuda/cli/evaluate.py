@@ -170,6 +170,7 @@ def _one(path: str, name: str, module: ISNetModule, file: Path, args: argparse.N
         "backbone": str(module.hparams.get("backbone", "")),
         "variant": str(module.hparams.get("variant", "")),
         "data": str(data.listing.root),
+        **({"swap_background": data.swap_background} if data.swap_background else {}),
         **({"sets": list(args.sets)} if args.sets else {}),
     }
     return evaluate(

@@ -274,6 +274,8 @@ class Run:
             say(str(report).rstrip())
             say()
         say(describe_model(self.module, self.config))
+        if self.data.swap_background:
+            say(describe_swaps(self.data))
         say(f"run folder: {self.folder}")
         if importlib.util.find_spec("tensorboard") is not None:
             from lightning.pytorch.loggers import TensorBoardLogger
@@ -344,12 +346,21 @@ def describe_model(module: Any, config: Any) -> str:
     name = str(model.backbone).rsplit(".", 1)[-1]
     line = f"model: {name}, {parameters / 1e6:.2f} M parameters, precision {config.precision}; "
     if model.variant == "standard":
-        return line + "the plain classifier (variant standard): masks are not used for training"
+        masks = "masks are used to swap backgrounds only" if config.data.swap_background else "masks are not used for training"
+        return line + f"the plain classifier (variant standard): {masks}"
     epsilon = f"epsilon {model.eps}{' relative' if model.relative_eps else ''}"
     ranges = f"C1 {_short(model.c1)}, C2 {_short(model.c2)}"
     if model.tune_epochs:
         ranges = f"C1 and C2 tuned after {model.tune_epochs} epoch{'s' * (model.tune_epochs > 1)} without the heatmap loss"
     return line + f"ISNet {model.variant}, {epsilon}, P {_short(model.P)}, d {model.d}; {ranges}"
+
+
+def describe_swaps(data: MaskedImageData) -> str:
+    """Which training images may get another background, in one line."""
+    subset = data.subset("train")
+    masked = int(subset.store.has_mask[subset.indices].sum())
+    rest = "" if masked == len(subset) else f"; those without a mask, {len(subset) - masked} of {len(subset)}, are left alone"
+    return f"backgrounds: each training image gets another one's with probability {data.swap_background:g}, in each step anew{rest}"
 
 
 # ---- the parser ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from ..errors import InputError
+from .backgrounds import EMPTY, USED, mask_kinds
 from .dataset import MaskedImages, as_it_is
 from .sampler import EpochBatches, EpochLoader
 from .samples import SPLITS, Listing
@@ -92,6 +93,9 @@ class MaskedImageData(LightningDataModule):
         cache: "memory" or "disk"; see `Store.build`. With several processes, "disk" is decoded once and shared.
         cache_dir: for "disk"; None: ``$FISNET_DATA_CACHE``, or the user's cache folder.
         augment: "none", "light", "strong", or options of `Augmentation`: ``{"preset": "light", "flip": 0.5}``.
+        swap_background: probability with which a training image, in each step anew, gets the background of another image of the
+            batch, of any class, whose own object is filled in: then the background tells nothing. Its mask stays. 0: never. Works
+            alone (variant standard) and with every ISNet; images without a mask are left alone.
         balance: draw every class equally often.
         seed: see above.
         labels: False: ignore labels, for prediction on images whose folders are no classes.
@@ -138,17 +142,21 @@ class MaskedImageData(LightningDataModule):
         cache: str = "memory",
         cache_dir: str | None = None,
         augment: str | dict[str, Any] = "light",
+        swap_background: float = 0.0,
         balance: bool = False,
         seed: int = 0,
         labels: bool = True,
     ) -> None:
         super().__init__()
         _check(batch_size=batch_size, workers=workers, cache=cache, mask_threshold=mask_threshold, seed=seed)
+        if isinstance(swap_background, bool) or not 0 <= swap_background <= 1:
+            raise InputError(f"swap_background must be a probability from 0 (never) to 1, got {swap_background}")
         if len(fractions) != 3:
             raise InputError(f"fractions must be three numbers, shares of train, val and test, got {fractions}")
         self.batch_size, self.workers, self.balance, self.seed = batch_size, workers, balance, seed
         self.keep_groups = keep_groups
         self.augmentation = Augmentation(augment, soft_masks=soft_masks)
+        self.swap_background = float(swap_background)
         self.listing = list_samples(
             path, masks, form, mask_suffix=mask_suffix, columns=columns, keys=keys, mask_from=mask_from, classes=classes, labels=labels
         )  # fmt: skip
@@ -207,6 +215,8 @@ class MaskedImageData(LightningDataModule):
         if stage == "fit":
             self._check_fit()
         _ = self.store
+        if stage == "fit" and self.swap_background:
+            self._check_swap()
 
     def _check_fit(self) -> None:
         if len(self.spec.classes) < 2:
@@ -216,6 +226,29 @@ class MaskedImageData(LightningDataModule):
             )
         if not self._indices("train"):
             raise InputError(f"there are no images to train on in {self.listing.root}: all are in other splits, or have no label")
+
+    def _check_swap(self) -> None:
+        """Whether any background can be swapped: it takes an object to paste and another image whose background is known."""
+        given = f"swap_background is {self.swap_background:g}"
+        if self.batch_size < 2:
+            raise InputError(f"{given}, and a batch of one image has no other background to give: set batch_size to 2 or more")
+        subset = self.subset("train")
+        masked = subset.indices[subset.store.has_mask[subset.indices]]
+        if not len(masked):
+            raise InputError(
+                f"{given}, and none of the {len(subset)} training images has a mask: say where the masks are, or leave it out"
+            )
+        objects = known = 0
+        for part in masked.split(64):  # ends, as a rule, with the first one
+            kinds = mask_kinds(self.store.masks[part])
+            objects += int((kinds == USED).sum())
+            known += int(((kinds == USED) | (kinds == EMPTY)).sum())
+            if objects and known > 1:
+                return
+        raise InputError(
+            f"{given}, and there is nothing to swap: of the {len(masked)} masks of training images {objects} have both foreground and "
+            f"background, {known} any background; look at the data report, or leave it out"
+        )
 
     # ---- subsets ---------------------------------------------------------------------------------------------
 
@@ -304,19 +337,21 @@ class MaskedImageData(LightningDataModule):
 
         Args:
             batch: from a loader.
-            augment: as in training.
+            augment: as in training, backgrounds swapped by ``swap_background``.
             seed: of the augmentation; None: torch's CPU generator.
 
         Returns:
-            A new dict: ``image`` normalised and ``mask`` in [0, 1], both float32, whatever autocast says; the rest as it was. A
-            batch that is prepared already comes back as it is.
+            A new dict: ``image`` normalised and ``mask`` in [0, 1], both float32, whatever autocast says; where backgrounds are
+            swapped, bool ``swapped`` ``[B]``; the rest as it was. A batch that is prepared already comes back as it is.
         """
-        return prepare(batch, self.spec, self.augmentation if augment else None, seed)
+        if not augment:
+            return prepare(batch, self.spec)
+        return prepare(batch, self.spec, self.augmentation, seed, self.swap_background)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Seeds the augmentation while the batch is still on the CPU; Lightning calls it."""
         # Not from torch's generators: Lightning calls this before on_train_batch_start, where training reseeds them.
-        if self.trainer is None or not self.trainer.training or not len(self.augmentation):
+        if self.trainer is None or not self.trainer.training or not (len(self.augmentation) or self.swap_background):
             return batch
         return {**batch, "seed": _draw(self.seed, self.trainer.current_epoch, batch["index"])}
 

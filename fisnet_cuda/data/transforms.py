@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +15,7 @@ from kornia.constants import DataKey, Resample
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .backgrounds import swap_at_random
 from .spec import InputSpec
 
 __all__ = ["PRESETS", "Augmentation", "prepare"]
@@ -75,13 +76,14 @@ class Augmentation(nn.Module):
         self.options = _options(preset, options)
         self.soft_masks = soft_masks
         o = self.options
-        steps: list[nn.Module] = []
+        geometry: list[nn.Module] = []
+        look: list[nn.Module] = []
         if o["flip"]:
-            steps.append(K.RandomHorizontalFlip(p=o["flip"]))
+            geometry.append(K.RandomHorizontalFlip(p=o["flip"]))
         if o["vertical_flip"]:
-            steps.append(K.RandomVerticalFlip(p=o["vertical_flip"]))
+            geometry.append(K.RandomVerticalFlip(p=o["vertical_flip"]))
         if o["rotate"] or o["translate"] or o["scale"]:
-            steps.append(
+            geometry.append(
                 K.RandomAffine(
                     degrees=o["rotate"],
                     translate=(o["translate"], o["translate"]) if o["translate"] else None,
@@ -92,31 +94,36 @@ class Augmentation(nn.Module):
         if o["blur"]:
             width = 2 * math.ceil(2 * o["blur"]) + 1
             # replicated borders: small images are no error, and no black comes in
-            steps.append(K.RandomGaussianBlur((width, width), (0.1, max(o["blur"], 0.1)), border_type="replicate", p=0.5))
+            look.append(K.RandomGaussianBlur((width, width), (0.1, max(o["blur"], 0.1)), border_type="replicate", p=0.5))
         if o["brightness"] or o["contrast"]:
-            steps.append(_Intensity(o["brightness"], o["contrast"]))
+            look.append(_Intensity(o["brightness"], o["contrast"]))
         if o["noise"]:
-            steps.append(K.RandomGaussianNoise(0.0, o["noise"], p=0.5))
-        self.steps = K.AugmentationSequential(
-            *steps,
+            look.append(K.RandomGaussianNoise(0.0, o["noise"], p=0.5))
+        self.geometry = K.AugmentationSequential(
+            *geometry,
             data_keys=["input", "mask"],
             transformation_matrix_mode="skip",
             extra_args={DataKey.MASK: {"resample": Resample.BILINEAR, "align_corners": None}},
         )
+        self.look = K.AugmentationSequential(*look, data_keys=["input"], transformation_matrix_mode="skip")
         self._warps = bool(o["rotate"] or o["translate"] or o["scale"])
 
     def __len__(self) -> int:
         """The number of steps; 0: nothing is changed."""
-        return len(self.steps)
+        return len(self.geometry) + len(self.look)
 
     @torch.no_grad()
-    def forward(self, image: Tensor, mask: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, mask: Tensor, seed: int | None = None, between: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Augment a batch.
 
         Args:
             image: ``[B, C, H, W]`` in [0, 1], float; not yet normalised.
             mask: ``[B, 1, H, W]`` in [0, 1], float, on the same device.
             seed: what all draws hang on; torch's own generators are then left as they were. None: torch's CPU generator.
+            between: changes the images ``(image, mask) -> image`` when they have been moved, and before brightness, contrast, blur
+                and noise, which are then of the whole picture.
 
         Returns:
             ``(image, mask)``, float32 (autocast makes no difference), new tensors unless nothing is changed. The draws are made on
@@ -128,14 +135,19 @@ class Augmentation(nn.Module):
         if not image.is_floating_point() or not mask.is_floating_point():
             raise TypeError(f"image and mask must be float in [0, 1], got {image.dtype} and {mask.dtype}")
         image, mask = image.float(), mask.float()
-        if not len(self) or not len(image):
+        if not len(image) or not (len(self) or between):
             return image, mask
         with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.autocast(image.device.type, enabled=False):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs, too
-            image, mask = self.steps(image, mask)
-        if self._warps and not self.soft_masks:
-            mask = (mask >= 0.5).float()
+            if len(self.geometry):
+                image, mask = self.geometry(image, mask)
+            if self._warps and not self.soft_masks:
+                mask = (mask >= 0.5).float()
+            if between is not None:
+                image = between(image, mask.clamp(0, 1))
+            if len(self.look):
+                image = self.look(image)
         return image.clamp(0, 1), mask.clamp(0, 1)
 
     def extra_repr(self) -> str:
@@ -162,7 +174,11 @@ class _Intensity(K.IntensityAugmentationBase2D):
 
 
 def prepare(
-    batch: Mapping[str, Any], spec: InputSpec, augmentation: Augmentation | None = None, seed: int | None = None
+    batch: Mapping[str, Any],
+    spec: InputSpec,
+    augmentation: Augmentation | None = None,
+    seed: int | None = None,
+    swap_background: float = 0.0,
 ) -> dict[str, Any]:
     """A batch of `MaskedImages` as the network takes it, on the device that it is on.
 
@@ -171,10 +187,14 @@ def prepare(
         spec: the normalisation.
         augmentation: applied before that; None: none.
         seed: of the augmentation; None: torch's CPU generator.
+        swap_background: probability with which an image gets the background of another one of the batch (see
+            `fisnet_cuda.data.backgrounds.swap_at_random`), when both have been moved, and before brightness, contrast, blur and
+            noise, which are of the whole picture. Its draws are its own: the augmentation's are the same with and without it.
 
     Returns:
         A new dict: ``image`` ``[B, C, H, W]`` normalised and ``mask`` ``[B, 1, H, W]`` in [0, 1], both float32, whatever autocast
-        says; the rest as it was. A batch that is prepared already comes back as it is.
+        says; with ``swap_background``, bool ``swapped`` ``[B]``: which images have another background; the rest as it was. A batch
+        that is prepared already comes back as it is.
 
     Example:
         >>> batch = {"image": torch.full((1, 1, 2, 2), 255).byte(), "mask": torch.full((1, 1, 2, 2), 255).byte()}
@@ -186,9 +206,25 @@ def prepare(
     if image.is_floating_point():
         return dict(batch)
     image, mask = image.float().div_(255), mask.float().div_(255)
-    if augmentation is not None:
-        image, mask = augmentation(image, mask, seed)
-    return {**batch, "image": spec.normalise(image), "mask": mask}
+    swap = _Swap(swap_background, batch.get("has_mask"), seed) if swap_background else None
+    if augmentation is not None or swap is not None:
+        image, mask = (augmentation if augmentation is not None else Augmentation("none"))(image, mask, seed, swap)
+    swapped = {} if swap is None else {"swapped": swap.swapped}
+    return {**batch, "image": spec.normalise(image), "mask": mask, **swapped}
+
+
+class _Swap:
+    """Swaps backgrounds between the geometry and the look of an augmentation, and keeps which."""
+
+    def __init__(self, P: float, has_mask: Tensor | None, seed: int | None) -> None:
+        self.P, self.has_mask = P, has_mask
+        # not the augmentation's seed: the same numbers would decide how far an image is turned and who gives it a background
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed ^ 0x5A)
+        self.swapped = torch.zeros(0, dtype=torch.bool)
+
+    def __call__(self, image: Tensor, mask: Tensor) -> Tensor:
+        image, self.swapped = swap_at_random(image, mask, self.P, self.has_mask, self.generator)
+        return image
 
 
 def _options(preset: str | Mapping[str, Any], options: Mapping[str, float]) -> dict[str, float]:

@@ -67,9 +67,6 @@ def _one_thread() -> Iterator[None]:
 
 def _run(out: Path, quick: bool, seed: int, papers_epsilon: bool) -> None:
     # Imported late, so that a missing extra gives one clear line instead of a traceback.
-    import matplotlib
-
-    matplotlib.use("agg")  # files only: works without a display
     from fisnet_cuda.demo import classes, digits, figures, report, train
 
     start = time.perf_counter()

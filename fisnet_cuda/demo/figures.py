@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patheffects import Normal, Stroke
+from matplotlib.text import Text
 
 from fisnet_cuda.demo.classes import PLAIN, VARIANTS, StepTime
 from fisnet_cuda.demo.digits import CLASSES, Batch, Marks
 from fisnet_cuda.demo.train import Trained, explain, predict
+from fisnet_cuda.files import atomic
 
 # Okabe and Ito's palette: its colours differ for every kind of colour vision. Orange is darkened, for text.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#D08A00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -59,7 +62,7 @@ def heatmaps_figure(nets: Sequence[Trained], tests: dict[Marks, Batch], path: Pa
     order: list[Marks] = ["biased", "unbiased", "confounded", "confounded"]
     rows = [_take(tests[marks], _first_of_class(tests[marks], c)) for marks, c in zip(order, (3, 5, 8, 0))]
 
-    figure = plt.figure(figsize=(3.0 + 2.1 * len(nets), 11.4))
+    figure = Figure(figsize=(3.0 + 2.1 * len(nets), 11.4))
     images, bars = figure.subfigures(2, 1, height_ratios=[3.5, 1])
     axes = images.subplots(
         len(rows),
@@ -124,8 +127,10 @@ def classes_figure(times: Sequence[StepTime], path: Path) -> Path:
     Returns:
         ``path``.
     """
-    figure, ax = plt.subplots(figsize=(9.2, 5.6))
-    figure.subplots_adjust(left=0.09, right=0.66, top=0.83, bottom=0.1)
+    # this layout measures all texts and gives the axes what they leave: nothing is cut, whatever the numbers
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
+    ax = figure.subplots()
     plain = {row.classes: row.p50 for row in times if row.kind == PLAIN}
     counts = sorted(plain)
     labels = []
@@ -138,10 +143,10 @@ def classes_figure(times: Sequence[StepTime], path: Path) -> Path:
         text = KIND_TEXTS[kind]
         if kind != PLAIN:
             ratio = y[-1] / plain[x[-1]]
-            text += f", {ratio:.{1 if ratio < 10 else 0}f}x plain"
+            text += f", {ratio:,.{1 if ratio < 10 else 0}f}x plain"
         if x[-1] < counts[-1]:
             text += f"\nat {x[-1]:,} classes; not measured beyond"
-        labels.append((x[-1], y[-1], text, colour))
+        labels.append(EndLabel(x[-1], y[-1], text, colour))
     ax.set(
         xscale="log",
         yscale="log",
@@ -154,14 +159,19 @@ def classes_figure(times: Sequence[StepTime], path: Path) -> Path:
     ax.minorticks_off()
     low, high = min(row.p20 for row in times) / 1.4, max(row.p80 for row in times) * 1.6
     ticks = [t * 10.0**e for e in range(-2, 7) for t in (1, 2, 5) if low <= t * 10.0**e <= high]
-    ax.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+    ax.set_yticks(ticks, [f"{tick:,.10g}" for tick in ticks])
     ax.set_ylim(low, high)
     ax.grid(color="0.9")
     ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(
+        "Low is good, and flat is good: then more classes cost no more.\n"
+        "Line: median; band: 20th to 80th percentile. One CPU thread.",
+        loc="left", fontsize=10, pad=14,
+    )  # fmt: skip
+    ax.annotate(
+        "What do heatmaps cost in training?", (0, 1), (0, 52), "axes fraction", "offset points", fontsize=14, fontweight="bold"
+    )
     _end_labels(ax, labels)
-    figure.suptitle("What do heatmaps cost in training?", x=0.09, ha="left", fontsize=14, fontweight="bold")
-    figure.text(0.09, 0.9, "Low is good, and flat is good: then more classes cost no more.", fontsize=10)
-    figure.text(0.09, 0.86, "Line: median; band: 20th to 80th percentile. One CPU thread.", fontsize=9, color="0.35")
     return _save(figure, path)
 
 
@@ -184,16 +194,18 @@ def _outline(ax: Axes, mask: torch.Tensor, colour: str) -> None:
 
 
 def _accuracy_bars(figure: Figure, nets: Sequence[Trained]) -> None:
-    ax = figure.subplots(gridspec_kw={"left": 0.1, "right": 0.97, "top": 0.76, "bottom": 0.11})
+    ax = figure.subplots(gridspec_kw={"left": 0.1, "right": 0.92, "top": 0.76, "bottom": 0.11})
     width = 0.26
     for offset, (marks, colour) in zip((-width, 0, width), MARK_COLOURS.items()):
         values = [net.accuracy[marks] for net in nets]
         places = [i + offset for i in range(len(nets))]
         ax.bar(places, values, width * 0.94, color=colour, label=MARK_TEXTS[marks])
         for place, value in zip(places, values):
-            ax.text(place, value + 1.5, f"{value:.0f}", ha="center", fontsize=9)
+            # a white edge: legible where the line of guessing passes
+            outline = [Stroke(linewidth=2.5, foreground="white"), Normal()]
+            ax.text(place, value + 1.5, f"{value:.0f}", ha="center", fontsize=9, path_effects=outline)
     ax.axhline(100 / CLASSES, color="0.4", lw=1, ls=":")
-    ax.text(-0.49, 100 / CLASSES + 1.5, "guessing", va="bottom", fontsize=8, color="0.3")
+    ax.text(1.005, 100 / CLASSES, "guessing", transform=ax.get_yaxis_transform(), va="center", fontsize=8, color="0.3")
     ax.set(
         ylim=(0, 112),
         yticks=range(0, 101, 25),
@@ -207,17 +219,64 @@ def _accuracy_bars(figure: Figure, nets: Sequence[Trained]) -> None:
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 0.99), ncols=3, fontsize=9, frameon=False)
 
 
-def _end_labels(ax: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes each line's name at its end, pushed apart where lines end close together."""
-    spread = 1.25  # least ratio between the heights of two names, on the logarithmic axis
-    last_x, last_height = None, 0.0
-    for x, y, text, colour in sorted(labels):
-        height = max(y, last_height * spread) if x == last_x else y
-        ax.annotate(text, (x, y), (x * 1.3, height), color=colour, va="center", fontsize=9.5, fontweight="bold")
-        last_x, last_height = x, height
+@dataclass(frozen=True)
+class EndLabel:
+    """What is written beside the last point ``(x, y)`` of a line."""
+
+    x: float
+    y: float
+    text: str
+    colour: str
+
+
+def _end_labels(ax: Axes, labels: Sequence[EndLabel]) -> None:
+    """Writes each line's name right of the axes at the height of its end, apart from each other, with a thin line to the end."""
+    labels = sorted(labels, key=lambda label: label.y)
+    texts = []
+    for label in labels:
+        line = {"arrowstyle": "-", "color": label.colour, "lw": 0.8, "alpha": 0.6, "shrinkA": 2, "shrinkB": 4, "relpos": (0, 0.5)}
+        style = {"color": label.colour, "va": "center", "fontsize": 9.5, "fontweight": "bold", "linespacing": 1.1}
+        texts.append(ax.annotate(label.text, (label.x, label.y), (1.05, 0.5), "data", "axes fraction", line, **style))
+    ax.figure.draw_without_rendering()  # lays out; the heights of texts and axes are known from here on
+    box = ax.get_window_extent()
+    wanted = [(ax.transData.transform((label.x, label.y))[1] - box.y0) / box.height for label in labels]
+    heights = [1.2 * Text.get_window_extent(text).height / box.height for text in texts]
+    for text, height in zip(texts, spread(wanted, heights)):
+        text.set_y(height)
+
+
+def spread(wanted: Sequence[float], heights: Sequence[float], low: float = 0.0, high: float = 1.0) -> list[float]:
+    """Middles of boxes of given heights that do not overlap, keep their order and lie as near as can be to where they are wanted.
+
+    The least sum of squared moves: isotonic regression of what is left of the middles when the boxes below are taken off, by pooling
+    neighbours that collide; then cut to the range.
+
+    Args:
+        wanted: middles, ascending.
+        heights: of the boxes.
+        low, high: where the boxes may be; grown upwards where they do not fit.
+
+    Returns:
+        The middles.
+
+    Example:
+        >>> spread([0.25, 0.25, 0.75], [0.125, 0.125, 0.125]), spread([0.0, 1.0], [0.5, 0.25])
+        ([0.1875, 0.3125, 0.75], [0.25, 0.875])
+    """
+    below = [sum(heights[:i]) + height / 2 for i, height in enumerate(heights)]
+    pools: list[tuple[float, int]] = []  # (mean, how many)
+    for place, taken in zip(wanted, below):
+        mean, count = place - taken, 1
+        while pools and pools[-1][0] > mean:
+            other, n = pools.pop()
+            mean, count = (mean * count + other * n) / (count + n), count + n
+        pools.append((mean, count))
+    high = max(high - sum(heights), low)
+    starts = [min(max(mean, low), high) for mean, count in pools for _ in range(count)]
+    return [start + taken for start, taken in zip(starts, below)]
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     return path

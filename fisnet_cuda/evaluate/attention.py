@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..data.backgrounds import dilate
 
 __all__ = ["Pointing", "background_share", "dilate", "pointing_game"]
 
@@ -76,17 +77,3 @@ def pointing_game(R: Tensor, M: Tensor, tolerance: int = 0) -> Pointing:
     most, where = points.max(1)
     positive = most > 0
     return Pointing(allowed.gather(1, where[:, None])[:, 0] & positive, allowed.double().mean(1), positive)
-
-
-def dilate(mask: Tensor, radius: int) -> Tensor:
-    """Everything within ``radius`` pixels (Euclidean) of a bool mask ``[N, 1, H, W]``.
-
-    Example:
-        >>> dilate(torch.tensor([[[[True, False, False]]]]), 1)
-        tensor([[[[ True,  True, False]]]])
-    """
-    if radius <= 0:
-        return mask
-    reach = torch.arange(-radius, radius + 1, device=mask.device)
-    disc = (reach[:, None] ** 2 + reach[None] ** 2 <= radius**2).float()[None, None]
-    return F.conv2d(mask.float(), disc, padding=radius) > 0.5

@@ -267,11 +267,11 @@ def verdict(run: RunResult) -> str:
         parts = [_accuracy_text(base, others)]
     fell = parts[0].startswith("accuracy falls")
     look = _attention_text(subsets, base, fell)
-    swapped = _swap_text(subsets, base, str(run.facts.get("variant", "")))
+    swapped = _swap_text(subsets, base, str(run.facts.get("variant", "")), bool(run.facts.get("swap_background")))
     return " ".join(filter(None, [*parts, look, swapped]))
 
 
-def _swap_text(subsets: Sequence[SubsetResult], base: SubsetResult, variant: str) -> str:
+def _swap_text(subsets: Sequence[SubsetResult], base: SubsetResult, variant: str, trained: bool) -> str:
     """Of the subset that warns the most; where none does, of the one that looks like the training data: its shortcut is intact."""
     seen = [s for s in subsets if s.swap is not None and s.swap.n]
     if not seen:
@@ -279,7 +279,7 @@ def _swap_text(subsets: Sequence[SubsetResult], base: SubsetResult, variant: str
     warned = [s for s in seen if s.swap.warns]
     subset = max(warned, key=lambda s: s.swap.gap.low) if warned else base if base in seen else seen[0]
     share = subset.attention.share.value if subset.attention is not None else float("nan")
-    return f"Background swap ({subset.name}, {subset.swap.n} images): {subset.swap.says(share, variant)}"
+    return f"Background swap ({subset.name}, {subset.swap.n} images): {subset.swap.says(share, variant, trained)}"
 
 
 def _accuracy_text(base: SubsetResult, others: Sequence[SubsetResult]) -> str:

@@ -29,12 +29,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.backgrounds import (
+    EMPTY,
+    FULL,
+    NONE,
+    USED,
+    check_composite,
+    default_margin,
+    dilate,
+    fill_foreground,
+    mask_kinds,
+    swap_backgrounds,
+)
 from ..errors import InputError
 from . import metrics
-from .attention import dilate
 from .metrics import Estimate
 
 __all__ = [
@@ -49,89 +59,10 @@ GAP_HIGH = 0.10  # "holds" is said where the upper end is below this: few images
 QUIET = 0.05  # background share of the heatmap below which it shows nothing of it
 BLUNT = 0.10  # accuracy that pasting alone may cost before the test is called blunt
 
-USED, EMPTY, FULL, NONE = range(4)  # kinds of masks
 LEFT_OUT = ("without a mask", "whose mask has no foreground", "whose mask has no background", "without a label", "alone in their class",
             "without an image of another class")  # fmt: skip
 
 Fetch = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-# ---- composites ----------------------------------------------------------------------------------------------------------
-
-
-def fill_foreground(x: Tensor, M: Tensor) -> Tensor:
-    """Images without their objects: where ``M > 0`` stands what the background around it suggests.
-
-    Pull-push (Gortler et al. 1996, "The lumigraph", section 3.5): the background is averaged by normalised boxes of 2, 4, 8 ... pixels
-    up to the whole image, and the hole is filled from the finest level that has background there, blended smoothly into the coarser
-    ones. Every filled value is a weighted mean of pixels of the image's own background: nothing of the object is left, no value lies
-    outside the background's range, a plain background is continued exactly, a wide hole ends in the mean background, and an affine
-    normalisation of the images commutes with it. A learned inpainter would look better, and could paint the object back in.
-
-    A soft mask is a hole wherever it is above 0 (as in the heatmap loss): at 0.5 half of the object would still be seen.
-
-    Args:
-        x: images ``[N, C, H, W]``, normalised or not.
-        M: masks ``[N, 1, H, W]`` in [0, 1], 1 = foreground.
-
-    Returns:
-        ``[N, C, H, W]`` of x's dtype; x itself, bit by bit, where ``M`` is 0. An image without any background becomes 0.
-
-    Example:
-        >>> x, M = torch.ones(1, 1, 6, 6), torch.zeros(1, 1, 6, 6)
-        >>> x[:, :, 2:4, 2:4], M[:, :, 2:4, 2:4] = 9.0, 1.0
-        >>> fill_foreground(x, M).unique()
-        tensor([1.])
-    """
-    _check(x, M)
-    known = M <= 0
-    high = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    filled = _pull_push(torch.where(known, high, torch.zeros_like(high)), known.to(high.dtype))
-    return torch.where(known, x, filled.to(x.dtype))
-
-
-def _pull_push(v: Tensor, w: Tensor) -> Tensor:
-    """``v [N, C, H, W]`` with weights ``w [N, 1, H, W]`` in [0, 1]; at 0, from the coarser levels."""
-    if max(v.shape[-2:]) == 1:
-        return v
-    # the divisor of the boxes that hang over the edge cancels
-    weight = F.avg_pool2d(w, 2, ceil_mode=True)
-    mean = F.avg_pool2d(v * w, 2, ceil_mode=True) / weight.clamp(min=torch.finfo(v.dtype).tiny)
-    # a box half of which is known counts whole: what is near prevails over the far (Gortler's saturation)
-    coarse = F.interpolate(_pull_push(mean, (2 * weight).clamp(max=1)), size=v.shape[-2:], mode="bilinear", align_corners=False)
-    return torch.where(w > 0, w * v + (1 - w) * coarse, coarse)
-
-
-def swap_backgrounds(x: Tensor, M: Tensor, donors_x: Tensor, donors_M: Tensor) -> Tensor:
-    """The objects of ``x`` on the backgrounds of ``donors_x``: ``M x + (1 - M) b``, ``b = fill_foreground(donors_x, donors_M)``.
-
-    Args:
-        x: images ``[N, C, H, W]``.
-        M: their masks ``[N, 1, H, W]`` in [0, 1].
-        donors_x: images that give the backgrounds, like ``x``.
-        donors_M: what is filled in them, like ``M``: at least their objects.
-
-    Returns:
-        ``[N, C, H, W]``: x bit by bit where ``M`` is 1, the donor where both masks are 0.
-
-    Example:
-        >>> M = torch.tensor([[[[1.0, 0.0, 0.0]]]])
-        >>> swap_backgrounds(torch.full((1, 1, 1, 3), 5.0), M, torch.tensor([[[[9.0, 2.0, 2.0]]]]), M)
-        tensor([[[[5., 2., 2.]]]])
-    """
-    _check(x, M)
-    if donors_x.shape != x.shape:
-        raise InputError(f"donors_x must have the shape of x, {tuple(x.shape)}, got {tuple(donors_x.shape)}")
-    b = fill_foreground(donors_x, donors_M)
-    M = M.to(x.dtype)
-    return torch.where(M >= 1, x, M * x + (1 - M) * b)
-
-
-def _check(x: Tensor, M: Tensor) -> None:
-    if x.dim() != 4 or M.dim() != 4 or M.shape != (len(x), 1, *x.shape[2:]):
-        raise InputError(f"images must be [N, C, H, W] and masks [N, 1, H, W], got {tuple(x.shape)} and {tuple(M.shape)}")
-    if not x.is_floating_point():
-        raise InputError(f"images must be floating point, as the network takes them, got {x.dtype}")
 
 
 # ---- who gives a background to whom --------------------------------------------------------------------------------------
@@ -241,23 +172,6 @@ def plan_swap(labels: Tensor, kinds: Tensor, seed: int = 0) -> SwapPlan:
     guessing = float(chosen.bincount().max()) / len(rows) if len(rows) else math.nan
     left_out = {why: int(which.sum()) for why, which in zip(LEFT_OUT, reasons) if which.any()}
     return SwapPlan(rows, chosen, same[rows], other[rows], labels[other[rows]], left_out, guessing)
-
-
-def default_margin(size: tuple[int, int]) -> int:
-    """Pixels by which a donor's hole is wider than its mask: the rim of an object that a mask cut at one half leaves outside."""
-    return max(1, round(min(size) / 112))
-
-
-def mask_kinds(M: Tensor, has_mask: Tensor | None = None, margin: int | None = None) -> Tensor:
-    """What each mask ``[N, 1, H, W]`` is good for: `USED`, `EMPTY`, `FULL` (no background beside the widened object) or `NONE`."""
-    margin = default_margin(M.shape[-2:]) if margin is None else margin
-    hole = M > 0
-    kinds = torch.full((len(M),), USED)
-    kinds[dilate(hole, margin).flatten(1).all(1).cpu()] = FULL
-    kinds[(~hole.flatten(1).any(1)).cpu()] = EMPTY
-    if has_mask is not None:
-        kinds[~has_mask.cpu().bool()] = NONE
-    return kinds
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------------
@@ -401,12 +315,13 @@ class BackgroundSwap:
         """Pasting alone costs more than `BLUNT` of the accuracy: a hold of the background may go unseen."""
         return self.n > 0 and self.plain.value - self.same.value > BLUNT
 
-    def says(self, share: float = math.nan, variant: str = "") -> str:
+    def says(self, share: float = math.nan, variant: str = "", trained: bool = False) -> str:
         """What it means, in a sentence or three.
 
         Args:
             share: background share of the heatmaps of the same network, where it is known: crossed with what is found here.
             variant: how the network was trained, for the advice.
+            trained: backgrounds were swapped in training, too: then this is a test of what was trained.
 
         Example:
             >>> print(BackgroundSwap.of([200, 198, 194, 193, 193, 1, 1, 2.0, 140.0], 0.1).says())
@@ -416,6 +331,7 @@ class BackgroundSwap:
         if not self.n:
             why = ", ".join(f"{count} images {reason}" for reason, count in self.left_out.items()) or "no images"
             return f"nothing could be tested ({why})."
+        own = " Backgrounds were swapped in training, too: this is no independent witness." if trained else ""
         blunt = (
             f" Pasting alone costs {100 * (self.plain.value - self.same.value):.0f} points: a hold of the background may go unseen."
             if self.blunt
@@ -432,10 +348,10 @@ class BackgroundSwap:
         )
         if self.warns:
             follow = f"{_pc(self.follows)} of the answers follow the foreign background, {100 * self.chance:.0f} % by chance"
-            return f"the classifier uses the background: accuracy {told}; {follow}.{_advice(share, variant)}"
+            return f"the classifier uses the background: accuracy {told}; {follow}.{_advice(share, variant, trained)}"
         if self.gap.value > GAP or self.gap.high > GAP_HIGH:
             return f"not decided, too few images ({self.n}): accuracy {told}.{blunt}"
-        return f"accuracy holds: {told}.{blunt}"
+        return f"accuracy holds: {told}.{blunt}{own}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -458,20 +374,22 @@ def _pc(share: Estimate) -> str:
     return f"{100 * share.value:.0f} %"
 
 
-def _advice(share: float, variant: str) -> str:
-    """What to do about a hold of the background; ``share``: what the heatmap shows of it."""
+def _advice(share: float, variant: str, trained: bool) -> str:
+    """What to do about a hold of the background; ``share``: what the heatmap shows of it; ``trained``: on swapped backgrounds."""
     known = share == share
+    swap = "" if trained else ", or swap backgrounds in training (--data.swap_background 0.5)"
     if variant == "standard":
-        return " An ISNet is trained against that (--variant stochastic)."
+        return f" An ISNet is trained against that (--variant stochastic){swap}."
     if not known:
         return ""
     if share >= QUIET:
-        return f" The heatmap shows it, too ({100 * share:.0f} % of its relevance in the background): train longer, or raise --model.P."
+        looks = f" The heatmap shows it, too ({100 * share:.0f} % of its relevance in the background)"
+        return f"{looks}: train longer, or raise --model.P{swap}."
     others = [name for name in ("stochastic", "contrast", "original") if name != variant]
     return (
         f" The heatmap is quiet ({100 * share:.1f} % of its relevance in the background) but the classifier is not clean: below "
         "epsilon, relevance vanishes and the effect does not. Train with --preset steady (an epsilon that is small and relative); if "
-        f"that was so, with another variant ({', '.join(others)})."
+        f"that was so, with another variant ({', '.join(others)}){swap}."
     )
 
 
@@ -524,7 +442,7 @@ def background_swap(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if len(images):
-        _check(images[:1], masks[:1])
+        check_composite(images[:1], masks[:1])
     has = has_mask.split(batch_size) if has_mask is not None else [None] * math.ceil(len(masks) / batch_size)
     kinds = [mask_kinds(M, h, margin) for M, h in zip(masks.split(batch_size), has)]
     plan = plan_swap(labels, torch.cat([labels.new_zeros(0).cpu(), *kinds]), seed)

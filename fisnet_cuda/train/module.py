@@ -33,13 +33,15 @@ SCHEDULES = ("none", "cosine", "step", "plateau")
 STATE = "isnet"  # the checkpoint's entry for what is neither a weight nor a setting
 # What randomness is for: draws of one kind never depend on how many another kind made.
 AUGMENT, STEP, EVALUATE = 0, 1, 2
+TRAIN_MEANS = ("loss", "classification", "accuracy", *HEATMAP_TERMS, "swapped")  # checkpoints hold them in this order
 
 
 class ISNetModule(pl.LightningModule):
     """Trains an `fisnet_cuda.ISNet` on batches of `fisnet_cuda.data.module.MaskedImageData`.
 
     A batch is a dict: ``image`` float ``[N, C, H, W]`` (normalised by ``spec``), ``mask`` float ``[N, 1, H, W]`` in [0, 1],
-    ``has_mask`` bool ``[N]``, ``label`` int64 ``[N]`` (-1: not known; such samples train the heatmap only) and ``index`` int64 ``[N]``.
+    ``has_mask`` bool ``[N]``, ``label`` int64 ``[N]`` (-1: not known; such samples train the heatmap only) and ``index`` int64 ``[N]``;
+    where the data swap backgrounds, ``swapped`` bool ``[N]``, whose share is logged as train/swapped.
 
     Logits and heatmaps are computed by ``self.net`` inside `training_step`, so DDP, autocast, GradScaler and ``torch.compile`` see an
     ordinary forward. Every random draw of a step (augmentation, dropout, Stochastic's class, Contrast's weights) is a function of
@@ -171,7 +173,7 @@ class ISNetModule(pl.LightningModule):
         self._seeded: tuple[int, int] | None = None  # epoch and batch that the random state is set for
         self._tuned: dict[str, dict[str, list[float]]] | None = None
         self._set_loss(c1, c2)
-        self.train_means = nn.ModuleDict({name: Mean() for name in ("loss", "classification", "accuracy", *HEATMAP_TERMS)})
+        self.train_means = nn.ModuleDict({name: Mean() for name in TRAIN_MEANS})
         self.val_scores, self.test_scores = Scores(len(self.spec.classes)), Scores(len(self.spec.classes))
 
     # ---- construction ------------------------------------------------------------------------------------------------
@@ -324,7 +326,7 @@ class ISNetModule(pl.LightningModule):
             with torch.autocast(total.device.type, enabled=False):
                 total = self.classification(out.logits.float(), labels)
         with torch.no_grad():
-            self._note_step(total, parts, out.logits, labels, masks is not None)
+            self._note_step(total, parts, out.logits, labels, masks is not None, batch.get("swapped"))
         self.log("loss", total.detach(), on_step=True, on_epoch=False, prog_bar=True, logger=False)
         return {"loss": total, "total": total.detach()}
 
@@ -334,7 +336,9 @@ class ISNetModule(pl.LightningModule):
         except ValueError as error:  # what its checks of the first batch have found
             raise InputError(one_line(error)) from error
 
-    def _note_step(self, total: Tensor, parts: LossParts, logits: Tensor, labels: Tensor, heatmaps: bool) -> None:
+    def _note_step(
+        self, total: Tensor, parts: LossParts, logits: Tensor, labels: Tensor, heatmaps: bool, swapped: Tensor | None
+    ) -> None:
         known = labels >= 0
         labelled, with_mask = known.sum(), parts.counts["with_mask"]
         samples = torch.full_like(labelled, len(labels))
@@ -342,6 +346,8 @@ class ISNetModule(pl.LightningModule):
         noted = {"loss": (total, samples), "classification": (parts.classification, labelled), "accuracy": (accuracy, labelled)}
         if heatmaps:
             noted.update({name: (getattr(parts, name), with_mask) for name in HEATMAP_TERMS})
+        if swapped is not None:
+            noted["swapped"] = (swapped.float().mean(), samples)
         means = [self.train_means[name] for name in noted]
         Mean.update_all(means, [value.float() for value, _ in noted.values()], [weight for _, weight in noted.values()])
         if self._logged != self.current_epoch:  # once an epoch: Lightning asks a logged metric for its value at the end

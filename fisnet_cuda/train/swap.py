@@ -105,7 +105,8 @@ class SwapCheck(pl.Callback):
         if not bool(has_mask.any()):
             return nobody, "no validation image has a mask"
         self._positions = choose_images(subset.labels, has_mask & (subset.labels >= 0), self.images, SEED)
-        kinds = [mask_kinds(self._fetch(trainer, pl_module, at)[1]) for at in torch.arange(len(self._positions)).split(_size(data))]
+        places = torch.arange(len(self._positions)).split(_size(data))
+        kinds = [mask_kinds(self._fetch(trainer, pl_module, at)[1]).cpu() for at in places]
         plan = plan_swap(subset.labels[self._positions], torch.cat([torch.zeros(0, dtype=torch.int64), *kinds]), SEED)
         why = ", ".join(f"{count} validation images {reason}" for reason, count in plan.left_out.items())
         return plan, "" if len(plan.rows) else why or "no validation image has both a mask and a label"
@@ -148,9 +149,10 @@ class SwapCheck(pl.Callback):
         if not self._last:
             return
         result, variant = self._result(), getattr(pl_module, "variant", "")
+        trained = bool(getattr(getattr(trainer, "datamodule", None), "swap_background", 0))
         epochs = self._last["epoch"] + 1
         where = f"{result.n} validation images, after {epochs} epoch{'s' * (epochs > 1)}"
-        trainer.print(f"background swap ({where}): {result.says(self._last['share'], variant)}")
+        trainer.print(f"background swap ({where}): {result.says(self._last['share'], variant, trained)}")
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -79,6 +79,8 @@ def test_output_is_the_reports_and_a_line_an_epoch(arguments, tmp_path, capsys):
         (["--trainer.strategy", "foo"], "trainer: "),
         (["--patience", "0"], "patience must be at least 1"),
         (["--ema", "2"], "ema must be"),
+        (["--data.swap_background", "50"], "swap_background must be a probability from 0 (never) to 1, got 50"),
+        (["--data.swap_background", "0.5", "-b1"], "a batch of one image has no other background to give"),
     ],
 )
 def test_wrong_settings_are_one_line_and_leave_nothing(arguments, extra, words, tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 
 import fisnet_cuda.data
 from fisnet_cuda.data.module import MaskedImageData, _draw
+from fisnet_cuda.data.transforms import Augmentation, prepare
 from fisnet_cuda.errors import InputError
 
 SMALL = {"size": 16, "channels": 1, "batch_size": 4}
@@ -131,6 +132,8 @@ class TestListing:
             ({"cache": "ram"}, "memory, disk"),
             ({"mask_threshold": 0}, "mask_threshold"),
             ({"seed": -1}, "seed"),
+            ({"swap_background": 1.5}, "swap_background must be a probability from 0"),
+            ({"swap_background": -0.1}, "swap_background must be a probability from 0"),
             ({"fractions": [0.5, 0.5]}, "three numbers"),
             ({"fractions": [0.5, 0.5, 0.5]}, "sum"),
             ({"augment": "heavy"}, "none, light, strong"),
@@ -301,7 +304,8 @@ class TestInLightning:
         trainer(precision="bf16-mixed").fit(module, datamodule=data)
         assert same(one.seen["train"], module.seen["train"])
 
-    def test_going_on_in_the_middle_of_an_epoch_sees_the_rest(self, root, tmp_path):
+    @pytest.mark.parametrize("options", [{}, {"swap_background": 0.5}, {"swap_background": 1.0, "augment": "none"}])
+    def test_going_on_in_the_middle_of_an_epoch_sees_the_rest(self, root, tmp_path, options):
         class Stop(Callback):
             def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
                 if trainer.global_step == 10:
@@ -309,14 +313,94 @@ class TestInLightning:
                     trainer.should_stop = True
                     raise KeyboardInterrupt
 
-        _, whole = self.run(root)
+        _, whole = self.run(root, **options)
         module = Watch()
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            trainer(2, callbacks=[Stop()]).fit(module, datamodule=MaskedImageData(str(root / "main"), **SMALL))
-        rest = Watch()
+            trainer(2, callbacks=[Stop()]).fit(module, datamodule=MaskedImageData(str(root / "main"), **SMALL, **options))
+        rest, data = Watch(), MaskedImageData(str(root / "main"), **SMALL, **options)
         torch.manual_seed(77)
-        trainer(2).fit(rest, datamodule=MaskedImageData(str(root / "main"), **SMALL), ckpt_path=tmp_path / "stopped.ckpt")
+        trainer(2).fit(rest, datamodule=data, ckpt_path=tmp_path / "stopped.ckpt")
         assert same(rest.seen["train"], whole.seen["train"][10:])
+
+
+class TestSwappedBackgrounds:
+    run = TestInLightning.run
+
+    @pytest.mark.parametrize("augment", ["none", "strong"])
+    def test_training_alone_is_swapped_and_nothing_else_changes(self, root, augment):
+        _, plain = self.run(root, augment=augment)
+        data, module = self.run(root, augment=augment, swap_background=0.5, mean=0.5, std=0.25)
+        count = 0
+        for a, b in zip(plain.seen["train"], module.seen["train"], strict=True):
+            assert torch.equal(a["index"], b["index"])
+            assert torch.equal(a["mask"], b["mask"])  # those of the objects, moved by the same draws
+            assert b["swapped"].dtype == torch.bool
+            as_it_was = data.spec.normalise(a["image"])
+            assert torch.equal(b["image"][~b["swapped"]], as_it_was[~b["swapped"]])
+            assert (b["image"] != as_it_was).flatten(1).any(1)[b["swapped"]].all()
+            if augment == "none":
+                inside = b["mask"].bool()
+                assert torch.equal(b["image"][inside], as_it_was[inside])
+            count += int(b["swapped"].sum())
+        assert 14 < count < 42, "half of 56"
+        for batch in module.seen["val"]:
+            assert "swapped" not in batch
+            assert torch.equal(batch["image"], data.spec.normalise(data.store.images[batch["index"]]))
+
+    def test_the_look_is_of_the_whole_picture(self, root):
+        """Moved, then swapped, then brightened: object and background get the same brightness, and the seam is where the mask ends."""
+        data = MaskedImageData(str(root / "main"), augment={"flip": 1.0, "brightness": 0.2}, swap_background=1.0, **SMALL)
+        batch = data.loader("train", 8).dataset.__getitems__(list(range(8)))
+        batch["image"] = (batch["image"] // 4 + 90).clamp(max=150)  # so that nothing is cut at 0 or 1
+        seen = data.prepare(batch, augment=True, seed=5)
+        plain = prepare(batch, data.spec, Augmentation({"flip": 1.0}), 5, 1.0)
+        assert torch.equal(seen["mask"], batch["mask"].flip(-1).float() / 255)
+        assert torch.equal(seen["swapped"], plain["swapped"])
+        change = (seen["image"] - plain["image"]).flatten(1)
+        torch.testing.assert_close(change, change[:, :1].expand_as(change))
+        assert change.abs().amax(1).min() > 0
+        flipped = {**batch, "image": batch["image"].flip(-1), "mask": batch["mask"].flip(-1)}
+        assert torch.equal(prepare(flipped, data.spec, None, 5, 1.0)["image"], plain["image"])
+
+    def test_images_without_a_mask_are_left_alone(self, root, tmp_path):
+        make.folder(tmp_path / "main", n=40)
+        for path in (tmp_path / "main" / "masks" / "disc").iterdir():
+            path.unlink()
+        data, module = self.run(tmp_path, augment="none", swap_background=1.0)
+        batches = module.seen["train"]
+        assert sum(int(batch["swapped"].sum()) for batch in batches) > 10
+        for batch in batches:
+            alone = batch["has_mask"].sum() < 2
+            assert torch.equal(batch["swapped"], batch["has_mask"] & ~alone)
+            plain = data.store.images[batch["index"]].float() / 255
+            assert torch.equal(batch["image"][~batch["swapped"]], plain[~batch["swapped"]])
+
+    def test_own_loops_and_soft_masks(self, root):
+        data = MaskedImageData(str(root / "main"), swap_background=1.0, soft_masks=True, **SMALL)
+        batch = next(iter(data.loader("train")))
+        assert data.prepare(batch, augment=True, seed=1)["swapped"].all()
+        assert "swapped" not in data.prepare(batch)
+        torch.manual_seed(0)
+        one = data.prepare(batch, augment=True)
+        torch.manual_seed(0)
+        assert torch.equal(data.prepare(batch, augment=True)["image"], one["image"])
+
+    def test_what_cannot_be_swapped_is_refused(self, root, tmp_path):
+        def says(path, **options):
+            data = MaskedImageData(str(path), **{**SMALL, "swap_background": 0.5, **options})
+            data.setup("test")  # whoever evaluates need not be able to swap
+            with pytest.raises(InputError) as error:
+                data.setup("fit")
+            assert "\n" not in str(error.value)
+            return str(error.value)
+
+        assert "a batch of one image has no other background to give: set batch_size" in says(root / "main", batch_size=1)
+        make.folder(tmp_path / "bare", n=40, parallel=False)
+        assert "none of the 28 training images has a mask" in says(tmp_path / "bare")
+        make.folder(tmp_path / "full", n=40)
+        for path in (tmp_path / "full" / "masks").rglob("*.png"):
+            make.save(path, np.full((32, 32), 255, np.uint8))
+        assert "of the 28 masks of training images 0 have both foreground and background, 0 any background" in says(tmp_path / "full")
 
 
 def test_seeds_of_batches_differ():

@@ -301,6 +301,16 @@ def test_the_heatmap_is_crossed_with_it():
     assert "quiet" not in of(500, 490, 489).says(share=0.001)
 
 
+def test_who_was_trained_on_swaps_is_told_so():
+    clean, leaks = of(500, 490, 489), of(500, 490, 300, follows=150)
+    assert clean.says(trained=True).endswith("Backgrounds were swapped in training, too: this is no independent witness.")
+    assert "witness" not in clean.says()
+    for variant, share in (("standard", 0.001), ("dual", 0.001), ("dual", 0.6)):
+        assert "swap backgrounds in training (--data.swap_background 0.5)" in leaks.says(share, variant)
+        assert "swap_background" not in leaks.says(share, variant, trained=True)
+        assert "witness" not in leaks.says(share, variant, trained=True), "a gap in spite of that is no less of a gap"
+
+
 def test_few_images_warn_of_nothing():
     few = of(20, 18, 16)
     assert few.gap.value > GAP

@@ -20,6 +20,7 @@ from benchmarks.experiments.baselines import (
     Masked,
     Mixed,
     Segmented,
+    StochasticMixed,
     UNet,
     background_part,
     dice,
@@ -32,7 +33,10 @@ from benchmarks.experiments.nets import NETS, build_net, supervised
 from benchmarks.experiments.systems import SYSTEMS, Setting, build
 from benchmarks.experiments.tasks import Images, Task
 
-BASELINES = {"masked": Masked, "segmented": Segmented, "rrr": RRR, "gradcam": GradCAM, "hirescam": HiResCAM, "mixed": Mixed}
+BASELINES = {
+    "masked": Masked, "segmented": Segmented, "rrr": RRR, "gradcam": GradCAM, "hirescam": HiResCAM, "mixed": Mixed,
+    "stochastic_mixed": StochasticMixed,
+}  # fmt: skip
 SMALL_NETS = ("convnet", "convnet_bn", "poolnet", "small")
 SIZE = 24
 
@@ -98,9 +102,10 @@ class TestTraining:
         trained = fit(setting(name, steps=steps), task).system.model
         assert all((a != b).any() for a, b in zip(start, trained.parameters()))
 
-    @pytest.mark.parametrize("name", ["rrr", "gradcam", "hirescam", "mixed"])
+    @pytest.mark.parametrize("name", ["rrr", "gradcam", "hirescam", "mixed", "stochastic_mixed"])
     def test_strength_0_is_the_standard_net(self, task, name):
-        plain, other = (fit(setting(s, "convnet_bn", strength=0.0), task).system.model.state_dict() for s in ("standard", name))
+        pair = ("stochastic" if name == "stochastic_mixed" else "standard", name)
+        plain, other = (fit(setting(s, "convnet_bn", strength=0.0), task).system.model.state_dict() for s in pair)
         for key, value in plain.items():
             torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-6)
 
@@ -121,6 +126,30 @@ class TestMixed:
         assert torch.equal(seen[0] * M, batch.images * M)
         changed = ((seen[0] - batch.images) * (1 - M)).flatten(1).any(1)
         assert changed.sum() >= 12, "but for those that the permutation leaves in their places"
+
+
+class TestStochasticMixed:
+    def test_it_is_a_stochastic_isnet_that_sees_the_composites_of_mixed(self, task, monkeypatch):
+        system, other = (build(setting(name, strength=0.5, seed=3), task) for name in ("stochastic_mixed", "mixed"))
+        assert system.net.variant == "stochastic"
+        assert system.setting.title == "Stochastic ISNet + backgrounds swapped"
+        seen, masks = [], []
+        forward, heatmap_loss = system.net.forward, system.heatmap_loss
+        monkeypatch.setattr(system.net, "forward", lambda x, **kw: seen.append(x) or forward(x, **kw))
+        monkeypatch.setattr(system, "heatmap_loss", lambda out, labels, M: masks.append(M) or heatmap_loss(out, labels, M))
+        batch = task.train[slice(0, 16)].floats()
+        _, parts = system.loss(batch)
+        assert torch.equal(seen[0], other.swapped(batch).images)
+        assert not torch.equal(seen[0], batch.images)
+        assert torch.equal(masks[0], batch.masks)
+        assert parts["heatmap"] > 0
+
+    def test_the_classifier_alone_sees_them_too(self, task, monkeypatch):
+        system = build(setting("stochastic_mixed", strength=1.0, tune=1), task)
+        before, other = system.stages()[0], build(setting("mixed", strength=1.0), task)
+        assert before.name == "classifier alone"
+        batch = task.train[slice(0, 16)].floats()
+        torch.testing.assert_close(before.loss(batch)[0], other.loss(batch)[0])  # the same weights and composites
 
 
 class TestMasked:

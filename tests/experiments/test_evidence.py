@@ -22,6 +22,7 @@ NAMES = {
     "segmentation net, then classifier": "segmented", "rrr, input gradients": "rrr",
     "right for the right reasons (input gradients)": "rrr", "grad-cam attention loss": "gradcam", "hirescam attention loss": "hirescam",
     "backgrounds swapped in training": "mixed", "backgrounds swapped at random in training": "mixed",
+    "stochastic isnet + backgrounds swapped": "stochastic_mixed",
 }  # fmt: skip
 CONTROLS = {"control: lungs blacked out": "background", "control: the lungs' outline only": "outline",
             "control: trained without the shortcut": "fair"}  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -59,6 +60,40 @@ def test_a_net_that_reads_the_mark_is_told(images, tmp_path, capsys):
     share = float(found[-1]["val/background_share"])
     assert lines == [f"background swap ({want.n} validation images, after 6 epochs): {want.says(share, 'standard')}"]
     assert "the classifier uses the background" in lines[0]
+
+
+@pytest.mark.parametrize("variant", ["standard", "stochastic"])
+def test_backgrounds_swapped_in_training(images, tmp_path, variant):
+    """Logged, learned from, and the same wherever it was stopped."""
+    swap = {"variant": variant, "swap_background": 0.5}
+    _, whole, data = train(images, callbacks(tmp_path / "whole", figures_every=0, swap_images=20), epochs=3, **swap)
+    found = rows(tmp_path / "whole")
+    steps = len(data.subset("train")) // 16
+    counts = [float(row["train/swapped"]) * 16 * steps for row in found]
+    assert counts == pytest.approx([round(count) for count in counts], abs=1e-6)
+    assert 0.3 < sum(counts) / (3 * 16 * steps) < 0.7
+    assert len(set(counts)) > 1
+    train(images, callbacks(tmp_path / "cut", figures_every=0, swap_images=20), epochs=1, **swap)
+    again = {"ckpt": tmp_path / "cut" / "last.ckpt", **swap}
+    _, resumed, _ = train(images, callbacks(tmp_path / "cut", figures_every=0, swap_images=20), epochs=3, **again)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
+    assert [row["train/swapped"] for row in rows(tmp_path / "cut")] == [row["train/swapped"] for row in found]
+
+
+def test_without_swaps_nothing_is_logged_of_them(images, tmp_path):
+    train(images, callbacks(tmp_path, figures_every=0, swap_every=0), epochs=1)
+    assert "train/swapped" not in rows(tmp_path)[0]
+
+
+def test_a_checkpoint_of_before_there_were_swaps_is_gone_on_with(images, tmp_path):
+    whole = train(images, callbacks(tmp_path / "whole", figures_every=0, swap_every=0), epochs=2)[1]
+    train(images, callbacks(tmp_path, figures_every=0, swap_every=0), epochs=1)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    sums = checkpoint["isnet"]["train_means"]
+    checkpoint["isnet"]["train_means"] = sums[:, :-1]
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    _, resumed, _ = train(images, callbacks(tmp_path, figures_every=0, swap_every=0), epochs=2, ckpt=tmp_path / "last.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
 
 
 def test_checking_leaves_training_as_it_is(images, tmp_path):
@@ -135,6 +170,15 @@ def test_the_heatmap_is_crossed_with_it():
     assert said == [f"background swap (100 validation images, after 9 epochs): {BackgroundSwap.of(sums, 0.5).says(0.001, 'selective')}"]
     assert "The heatmap is quiet (0.1 %" in said[0]
     assert not math.isnan(check.state_dict()["last"]["share"])
+
+
+def test_a_check_of_what_was_trained_says_so():
+    check, said = SwapCheck(), []
+    sums = [100, 99, 98, 97, 97, 1, 1, 2, 70]
+    check.load_state_dict({"last": {"epoch": 8, "sums": sums, "guessing": 0.5, "left_out": {}, "share": 0.001}})
+    for P in (0.0, 0.5):
+        check.on_train_end(SimpleNamespace(print=said.append, datamodule=SimpleNamespace(swap_background=P)), SimpleNamespace())
+    assert said[1] == said[0] + " Backgrounds were swapped in training, too: this is no independent witness."
 
 
 @pytest.mark.parametrize("every", [0, 3])
