@@ -105,6 +105,8 @@ class Answers(TorchDispatchMode):
             return args[0].dtype == torch.bool or (0.0 if args[0].is_floating_point() else 0)
         if func is torch.ops.aten.equal.default:
             return True
+        if func is torch.ops.aten._to_copy.default and args[0].constant is not None:
+            args[0].constant = None  # small constants keep their value, which would really be copied to the GPU
         return func(*args, **(kwargs or {}))
 
 

@@ -92,8 +92,8 @@ def find(places: Sequence[Path], mine: Mapping[str, str]) -> Earlier:
 
 
 def files(place: Path) -> list[Path]:
-    """The file itself, or the JSON files of the folder."""
-    return sorted(place.glob("*.json")) if place.is_dir() else [place]
+    """The file itself, or the JSON files of the folder; none of a folder that does not exist yet."""
+    return [place] if place.is_file() else sorted(place.glob("*.json"))
 
 
 def is_good(row: Mapping[str, Any]) -> bool:
