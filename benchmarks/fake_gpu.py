@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "tests" / "package" / "fake_cuda.cpp"
@@ -85,8 +84,7 @@ def device() -> Iterator[None]:
             (torch._C, "_conv_determine_backend_memory_format", _as_cudnn_does), (torch.backends.cudnn, "version", lambda: 0),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(place, name, value))
-        stack.enter_context(FakeTensorMode())
-        stack.enter_context(Answers())
+        stack.enter_context(Fake())
         yield
 
 
@@ -97,8 +95,8 @@ def _nothing(*_: Any, **__: Any) -> None:
 PROPERTIES = SimpleNamespace(multi_processor_count=132, total_memory=80 * 2**30, L2_cache_size=50 * 2**20)
 
 
-class Answers(TorchDispatchMode):
-    """Answers a program that asks for a tensor's value: errors are 0, and whatever should be true is."""
+class Fake(FakeTensorMode):
+    """Fake tensors whose values can be asked for: errors are 0, and whatever should be true is."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -107,7 +105,7 @@ class Answers(TorchDispatchMode):
             return True
         if func is torch.ops.aten._to_copy.default and args[0].constant is not None:
             args[0].constant = None  # small constants keep their value, which would really be copied to the GPU
-        return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class Event:

@@ -65,7 +65,8 @@ def run(tmp_path, monkeypatch):
 def stub(folder: Path, name: str, body: str) -> list[str]:
     """A module that a worker can run; it finds its part file as ``part``."""
     head = "import json, sys, time\npart = sys.argv[sys.argv.index('--part') + 1]\n"
-    head += "def save(rows, wrong=False):\n    json.dump(dict(rows=rows, bars=[], notes=[], missing=[], wrong=wrong), open(part, 'w'))\n"
+    head += "def save(rows, wrong=False):\n"
+    head += "    json.dump(dict(rows=rows, bars=[], notes=[], missing=[], wrong=wrong), open(part, 'w'))\n"
     (folder / f"{name}.py").write_text(head + textwrap.dedent(body))
     return [name]
 

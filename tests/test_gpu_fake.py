@@ -45,7 +45,7 @@ def test_a_networks_steps_at_their_real_size():
     """One of the nets: every variant, products by the library, graphs; and the float64 check before them."""
     done = fake("resnet18 at 28, bf16")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "resnet18 at 28, bf16: 13 cases" in done.stdout
+    assert "resnet18 at 28, bf16: 12 cases" in done.stdout
 
 
 @pytest.mark.slow

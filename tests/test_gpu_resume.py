@@ -29,11 +29,10 @@ def run(tmp_path, monkeypatch):
     """``run(*arguments, workers, machine)``: a whole dry run in this process, with stubs in tmp_path as its workers."""
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "committed")
-    calls = []
+    calls, right = [], gpu.Run.start
 
     def make(*arguments: str, workers=(), machine=None, only=("steps",)) -> gpu.Run:
         described = json.dumps({**MACHINE, "kernels": True, **(machine or {})})
-        right = gpu.Run.start
 
         def start(self, name, command, *args, **kwargs):
             command = [sys.executable, "-c", f"print({described!r})"] if name == "environment" else command
@@ -42,7 +41,7 @@ def run(tmp_path, monkeypatch):
         monkeypatch.setattr(gpu.Run, "start", start)
         monkeypatch.setattr(gpu, "workers", lambda options: list(workers))
         monkeypatch.setattr(gpu.Run, "report", gpu.Run.save)
-        options = gpu.parse(["--dry-run", "--minutes", "0.5", "--out", str(tmp_path / "out"), "--only", *only, *arguments])
+        options = gpu.parse(["--dry-run", "--minutes", "5", "--out", str(tmp_path / "out"), "--only", *only, *arguments])
         folder = tmp_path / f"run{len(calls)}"
         folder.mkdir()
         found = gpu.Run(options, folder)
