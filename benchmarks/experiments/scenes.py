@@ -62,8 +62,9 @@ def settings(run: Run) -> list[tuple[int, Setting]]:
     counts = run.pick((2, 3), (2, 10, 50, 200), (2, 10, 50, 200))
     seconds = run.pick(0.01, 50.0, 120.0)
     common = {"net": "poolnet", "steps": 0, "seconds": seconds, "batch": 32, "lr": 0.3, "P": 0.4}
-    # all systems of a class count together: a process keeps its images
-    return [(classes, Setting(name, seed=seed, **common)) for classes in counts for seed in range(run.seeds) for name in SYSTEMS]
+    # a seed after the other, so that a run that was stopped has whole ones; in it the systems of a class count together: a process
+    # keeps its images
+    return [(classes, Setting(name, seed=seed, **common)) for seed in range(run.seeds) for classes in counts for name in SYSTEMS]
 
 
 def one(job: Row, given: Row) -> Row:

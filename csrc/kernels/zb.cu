@@ -2,7 +2,7 @@
 // the same tiling for float and double. See zb.h for the operands and kernels' comments for the tiling.
 #include "zb.h"
 
-#include "../device/numeric.cuh"
+#include "../device/divide.cuh"
 
 namespace fisnet {
 namespace {
@@ -262,11 +262,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) zb_kernel(Zb
       for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kThreads) cp_async16(weights + i / kParts * kPitch + i % kParts * kVec<T>, from + i * kVec<T>, true);
       cp_async_commit();
       const int count = positions.value * (kChunk / W);
-      for (int i = static_cast<int>(threadIdx.x); i < count; i += kAhead * kThreads) {
-        Item item[kAhead];
-        A value[kAhead][W], den[kAhead][W], s[kAhead][W] = {};
+      constexpr int kTogether = sizeof(T) == 2 && NT > 2 ? 1 : kAhead;  // beside more accumulators there are no registers for two
+      for (int i = static_cast<int>(threadIdx.x); i < count; i += kTogether * kThreads) {
+        Item item[kTogether];
+        A value[kTogether][W], den[kTogether][W], s[kTogether][W] = {};
         FISNET_UNROLL
-        for (int k = 0; k < kAhead; ++k) {
+        for (int k = 0; k < kTogether; ++k) {
           item[k] = item_of<W, kChunk>(l, i + k * kThreads, qy0 - halo, qx0 - halo, positions, columns, o0);
           if (i + k * kThreads >= count || !item[k].inside) continue;
           load_denominators<T, W>(value[k], den[k], z, static_cast<const A*>(p.box), l, item[k], o0 + item[k].c, eps);
@@ -274,11 +275,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) zb_kernel(Zb
           if (carrier && carrier != z) load<T, W>(value[k], carrier + item[k].at);
         }
         FISNET_UNROLL
-        for (int k = 0; k < kAhead; ++k) {
+        for (int k = 0; k < kTogether; ++k) {
           if (i + k * kThreads >= count) continue;
           if (item[k].inside) {
             FISNET_UNROLL
-            for (int j = 0; j < W; ++j) s[k][j] = carrier ? s[k][j] * (value[k][j] / den[k][j]) : s[k][j] / den[k][j];
+            for (int j = 0; j < W; ++j) {
+              const Divisor<A> over(den[k][j]);  // a carrier of activations is 0 at half of its places
+              s[k][j] = carrier ? s[k][j] * over(value[k][j]) : over(s[k][j]);
+            }
           }
           store_shared<T, W>(s_tile + item[k].slot * kPitch + item[k].c, s[k]);
         }
@@ -464,7 +468,7 @@ __global__ void __launch_bounds__(kThreads, 2) zb_backward_kernel(ZbBackwardPara
           A value[W], u[W];
           load_denominators<T, W>(value, u, z, static_cast<const A*>(p.box), l, item, o0 + item.c, eps);
           FISNET_UNROLL
-          for (int j = 0; j < W; ++j) u[j] = s_bar[mine + j] / u[j];
+          for (int j = 0; j < W; ++j) u[j] = Divisor<A>(u[j])(s_bar[mine + j]);
           if (carrier) {
             A carrier_bar[W];
             load<T, W>(carrier_bar, static_cast<const T*>(p.R_out) + map * out_size + item.at);
@@ -564,7 +568,7 @@ __global__ void __launch_bounds__(kThreads, kTaps == 3 && sizeof(T) < 8 ? 2 : 1)
         if (item[k].inside) {
           FISNET_UNROLL
           for (int j = 0; j < W; ++j) {
-            s[k][j] /= den[k][j];
+            s[k][j] = Divisor<A>(den[k][j])(s[k][j]);
             z_bar[k][j] *= -s[k][j];
             if (carrier) s[k][j] *= value[k][j];
           }

@@ -56,9 +56,10 @@ class ISNet(nn.Module):
     "contrast"      1    a random contrast of the logits, ``v . logits``, drawn for each sample: ours, in neither paper
     ==============  ===  ==============================================================================================
 
-    Contrast: ``v`` is uniform among the unit vectors with zero sum, all that softmax depends on. Its map is ``sum_c v_c R_c``
-    over the maps of the classes, and the square of it an unbiased estimate of ``sum_c (R_c - mean R)^2 / (C - 1)``: one map a
-    step speaks for all classes, where Stochastic sees one of them. See `variants.draw_contrast`.
+    Contrast: ``v`` is uniform among the unit vectors with zero sum, all that softmax depends on; with two classes, which have but one
+    of those, among all unit vectors. Its map is ``sum_c v_c R_c`` over the maps of the classes, and the square of it an unbiased
+    estimate of ``sum_c (R_c - mean R)^2 / (C - 1)``, of ``(R_0^2 + R_1^2) / 2`` with two classes: one map a step speaks for all
+    classes, where Stochastic sees one of them. See `variants.draw_contrast`.
 
     Args:
         model: a classifier ``[N, C_in, ...] -> logits [N, C]`` of supported layers (``fisnet_cuda.supported()``).

@@ -100,15 +100,22 @@ def draw_class(logits: Tensor, generator: torch.Generator | None) -> Tensor:
 def draw_contrast(logits: Tensor, multilabel: bool, generator: torch.Generator | None) -> Tensor:
     """The weights ``v`` of the logits that Contrast ISNet explains, ``v . logits``: one random direction for each sample.
 
-    Ours, in neither paper. Softmax depends on the logits only through contrasts, combinations with zero sum: ``v`` is uniform on
-    the unit sphere of those, a Gaussian minus its mean over its norm. LRP-epsilon is linear in its start, so the map of ``v .
-    logits`` is ``R_v = sum_c v_c R_c`` over the maps ``R_c`` of the classes; and with ``E[v v^T] = (I - 1 1^T / C) / (C - 1)``::
+    Ours, in neither paper. LRP-epsilon is linear in its start, so the map of ``v . logits`` is ``R_v = sum_c v_c R_c`` over the maps
+    ``R_c`` of the classes. Softmax depends on the logits only through contrasts, combinations with zero sum: with three classes or
+    more ``v`` is uniform on the unit sphere of those, a Gaussian minus its mean over its norm. So ``E[v v^T] = (I - 1 1^T / C) /
+    (C - 1)``, and one map estimates the squared relevance of all classes without bias, as Hutchinson's estimator does a trace::
 
         E[R_v^2] = 1 / (C - 1)  sum_c (R_c - mean_c R_c)^2
 
-    so one map estimates the squared relevance of all classes without bias, as Hutchinson's estimator does a trace. Two classes
-    leave ``v = +-(1, -1) / sqrt(2)``: the decision itself, whose map's total is 0 where the answer turns; with a large w2 the heatmap
-    loss holds an answer on its side (docs/tool.md, "Two classes").
+    Two classes have but one contrast, the decision itself: the total of its map is 0 just where the answer turns, and there the
+    heatmap loss would be a wall between the answers. Their ``v`` is uniform on the whole unit circle, the logits' mean included, which
+    softmax does not need: ``E[v v^T] = I / 2``, and::
+
+        E[R_v^2] = (R_0^2 + R_1^2) / 2 = D^2 / 2 + S^2 / 2,      D = (R_1 - R_0) / sqrt(2),  S = (R_0 + R_1) / sqrt(2)
+
+    as one logit at a time has it, too (Stochastic). The total ``v . logits`` is 0 somewhere else for each ``v``: where maps go with
+    their logits (``R_c = logits_c p`` for one ``p``), it is ``|logits| cos a`` with ``a`` uniform, so that the expected heatmap loss
+    depends on ``|logits|`` alone and pulls the answer to neither side (docs/tool.md, "Two classes").
 
     Args:
         logits: ``[N, C]``; their shape, device and dtype count, not their values.
@@ -134,6 +141,6 @@ def draw_contrast(logits: Tensor, multilabel: bool, generator: torch.Generator |
     # equal numbers have no contrast: should they be drawn, they are given one, so that the norm is never 0
     drawn[:, :1] += (drawn == drawn[:, :1]).all(1, keepdim=True)
     v = drawn.double()  # numbers that are almost equal keep a zero sum
-    if not multilabel:
+    if logits.shape[1] > 2 and not multilabel:
         v = v - v.mean(1, keepdim=True)
     return (v / torch.linalg.vector_norm(v, dim=1, keepdim=True)).to(wide)

@@ -198,9 +198,10 @@ def test_start(variant, eta_eps):
 
 
 def contrast(n, classes, multilabel, seed):
-    """Weights as ISNet draws them from a generator of this seed, written anew: a direction, without its mean, of length 1."""
+    """Weights as ISNet draws them from a generator of this seed, written anew: a direction of length 1, without its mean where there
+    are three classes or more."""
     v = torch.randn(n, classes, generator=torch.Generator().manual_seed(seed)).to(torch.float64)
-    v = v if multilabel else v - v.sum(1, keepdim=True) / classes
+    v = v if multilabel or classes == 2 else v - v.sum(1, keepdim=True) / classes
     return (v / (v * v).sum(1, keepdim=True).sqrt()).unsqueeze(1)
 
 

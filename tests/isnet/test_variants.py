@@ -1,6 +1,8 @@
 """What is explained: the classes of the variants, eta and its gradient, draws, chunks of Original, given targets."""
 
+import itertools
 import math
+from types import SimpleNamespace
 
 import golden_nets
 import pytest
@@ -177,10 +179,15 @@ def test_stochastic_explains_a_logit():
 # ---- Contrast --------------------------------------------------------------------------------------------------------
 
 
+def whole(classes, multilabel):
+    """Whether ``v`` is drawn from all unit vectors, not from those with zero sum alone."""
+    return multilabel or classes == 2
+
+
 def moment(classes, multilabel):
     """``E[v v^T]`` of a uniform unit vector: a projection over its rank."""
     eye = torch.eye(classes, dtype=torch.float64)
-    return eye / classes if multilabel else (eye - 1 / classes) / (classes - 1)
+    return eye / classes if whole(classes, multilabel) else (eye - 1 / classes) / (classes - 1)
 
 
 def draws_of(v):
@@ -196,10 +203,10 @@ def test_contrast_is_uniform_on_its_sphere(classes, multilabel):
     logits = torch.zeros(50_000, classes, dtype=torch.float64)
     v = variants.draw_contrast(logits, multilabel, generator(1))
     close(v.norm(dim=1), torch.ones(len(v)), 1e-12)
-    assert bool((v.sum(1).abs() < 1e-12).all()) is not multilabel
+    assert bool((v.sum(1).abs() < 1e-12).all()) is not whole(classes, multilabel)
     assert (v.mean(0).abs() <= 5 / (classes * len(v)) ** 0.5).all()
     found, error = draws_of(v)
-    assert ((found - moment(classes, multilabel)).abs() <= error + 1e-12).all()  # two classes have one contrast: no error at all
+    assert ((found - moment(classes, multilabel)).abs() <= error).all()
     assert not torch.equal(v[0], v[1]), "each sample has its own"
 
 
@@ -224,7 +231,7 @@ def test_contrast_is_the_same_draw_in_every_dtype(classes, dtype):
     exact = variants.draw_contrast(logits.double(), False, generator(3))
     unit = torch.finfo(v.dtype).eps
     assert (v - exact).abs().max() <= unit
-    if classes > 1:
+    if classes > 2:
         assert (v.double().sum(1).abs() <= unit * classes**0.5).all()
 
 
@@ -235,11 +242,10 @@ def test_a_draw_of_equal_numbers_is_not_divided_by_zero(monkeypatch, classes, mu
         monkeypatch.setattr(variants, "_gaussian", lambda like, g, value=value: torch.full(like.shape, value))
         v = variants.draw_contrast(torch.zeros(3, classes, dtype=torch.float64), multilabel, None)
         close(v.norm(dim=1), torch.ones(3), 1e-12)
-        assert multilabel or (v.sum(1).abs() < 1e-12).all()
-    almost = torch.tensor([[1.0, 1.0 + 2**-23]])  # their mean is one of them, in float32
+        assert whole(classes, multilabel) or (v.sum(1).abs() < 1e-12).all()
+    almost = torch.tensor([[1.0, 1.0 + 2**-23, 1.0]])  # their mean is one of them, in float32
     monkeypatch.setattr(variants, "_gaussian", lambda like, g: almost)
-    v = variants.draw_contrast(torch.zeros(1, 2), False, None)
-    assert v[0, 0] == -v[0, 1] < 0
+    close(variants.draw_contrast(torch.zeros(1, 3), False, None), torch.tensor([[-1.0, 2, -1]]) / 6**0.5, 1e-6)
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
@@ -258,29 +264,46 @@ def test_contrast_explains_a_combination_of_the_logits(training, multilabel):
             close(out.hidden[layer][:, 0], torch.einsum("nc,nc...->n...", v, each.hidden[layer]))
 
 
-def test_contrast_of_two_classes_is_the_decision():
+def test_contrast_of_two_classes_goes_round_the_circle():
+    """All angles alike, so that ``v . logits`` changes its sign at any ratio of the logits; the decision is one direction of many."""
+    v = variants.draw_contrast(torch.zeros(100_000, 2), False, generator(3))
+    angles = torch.atan2(v[:, 1], v[:, 0]) / math.tau + 0.5
+    counts = (36 * angles).long().clamp(max=35).bincount(minlength=36).tolist()
+    statistic, limit = chi_square(counts, [len(v) / 36] * 36)
+    assert statistic < limit, counts
+    assert torch.equal(v, variants.draw_contrast(torch.zeros(100_000, 2), True, generator(3))), "as of independent sigmoids"
     model, x = classifier(2), rand(40, 3, 8, 8)
-    R = explain(model, "contrast", x, generator=generator()).heatmaps
-    decision = explain(model, "original", x).heatmaps.mul(torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1, 1)).sum(1, keepdim=True) / 2**0.5
-    sign = (R * decision).flatten(1).sum(1).sign().view(-1, 1, 1, 1, 1)
-    close(R, sign * decision)
-    assert 5 < (sign > 0).sum() < 35
+    R = explain(model, "original", x).heatmaps
+    close(
+        explain(model, "contrast", x, generator=generator()).heatmaps[:, 0],
+        torch.einsum("nc,nc...->n...", variants.draw_contrast(torch.zeros(40, 2), False, generator()).double(), R),
+        1e-6,
+    )
 
 
-@pytest.mark.parametrize("multilabel", [False, True])
-def test_square_of_contrasts_map_estimates_those_of_all_classes(multilabel):
-    """``E[R_v^2] = sum_c (R_c - mean R)^2 / (C - 1)``, with independent sigmoids ``sum_c R_c^2 / C``: exactly by the second moment,
-    within five standard errors over draws, and over a batch of one image again and again."""
-    model, x = classifier(6), rand(1, 3, 8, 8)
+@pytest.mark.parametrize(("classes", "multilabel"), [(6, False), (6, True), (2, False)])
+def test_square_of_contrasts_map_estimates_those_of_all_classes(classes, multilabel):
+    """``E[R_v^2] = sum_c (R_c - mean R)^2 / (C - 1)``; with two classes or independent sigmoids ``sum_c R_c^2 / C``: exactly by the
+    second moment, within five standard errors over draws, and over a batch of one image again and again."""
+    model, x = classifier(classes), rand(1, 3, 8, 8)
     R = explain(model, "original", x).heatmaps[0].flatten(1)  # [C, pixels]
-    expected = R.square().mean(0) if multilabel else (R - R.mean(0)).square().sum(0) / 5
-    close(torch.einsum("cp,cd,dp->p", R, moment(6, multilabel), R), expected)
-    v = variants.draw_contrast(torch.zeros(20_000, 6, dtype=torch.float64), multilabel, generator(8))
+    expected = R.square().mean(0) if whole(classes, multilabel) else (R - R.mean(0)).square().sum(0) / (classes - 1)
+    close(torch.einsum("cp,cd,dp->p", R, moment(classes, multilabel), R), expected)
+    v = variants.draw_contrast(torch.zeros(20_000, classes, dtype=torch.float64), multilabel, generator(8))
     batch = explain(model, "contrast", x.expand(4000, -1, -1, -1), generator=generator(9), multilabel=multilabel).heatmaps.flatten(1)
     for squares in ((v @ R).square(), batch.square()):
         error = squares.std(0) / len(squares) ** 0.5
         assert ((squares.mean(0) - expected).abs() <= 5 * error).all()
     assert (R.square().mean(0) - R[0].square()).abs().max() > 0.1 * expected.max(), "one class alone would not do"
+
+
+def test_square_of_two_classes_is_that_of_the_decision_and_of_the_mean():
+    R = explain(classifier(2), "original", rand(1, 3, 8, 8)).heatmaps[0]
+    decision, mean = (R[1] - R[0]) / 2**0.5, (R[0] + R[1]) / 2**0.5
+    v = torch.linspace(0, math.tau, 13, dtype=torch.float64)[:-1]  # E over the circle of anything quadratic, exactly
+    squares = torch.einsum("vc,c...->v...", torch.stack([v.cos(), v.sin()], 1), R).square().mean(0)
+    close(squares, (decision.square() + mean.square()) / 2)
+    close(squares, R.square().mean(0))
 
 
 def test_chunks_and_targets_leave_contrast_alone():
@@ -453,29 +476,116 @@ def test_target_needs_relevance():
         fc.ISNet(classifier(4))(rand(1, 3, 8, 8), target=1)
 
 
-def pull(variant: str, w2: float, weights: list[list[float]], pixels: int = 1) -> float:
-    """Which way a step moves l_0 - l_1 of a linear net without bias whose answer, class 1, is wrong; > 0: to the right one."""
-    x = torch.cat([torch.ones(64, 1, 1, pixels), torch.zeros(64, 1, 1, 1)], -1)  # the background is 0 and has no relevance
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(pixels + 1, 2, bias=False))
+# ---- two classes: the wall between the answers -------------------------------------------------------------------------
+
+
+def linear(weights: list[list[float]], background: float = 0.0):
+    """A linear net without bias, ``[[w]]`` a row for each class; the last pixel is the background, the others are 1 and foreground."""
+    pixels = len(weights[0])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 2, bias=False)).double()
     with torch.no_grad():
         model[1].weight.copy_(torch.tensor(weights))
-    net = fc.ISNet(model, variant=variant, first_layer="epsilon", generator=torch.Generator().manual_seed(0))
-    total, _ = fc.ISNetLoss(P=0.7, w2=w2)(net(x, relevance=True), torch.zeros(64, dtype=torch.long), (x > 0).float())
-    total.backward()
-    step = -model[1].weight.grad.sum(1)
+    x = torch.ones(1, 1, 1, pixels, dtype=torch.float64)
+    x[..., -1] = background
+    masks = torch.ones(1, 1, pixels)
+    masks[..., -1] = 0
+    return model, x, masks
+
+
+def gradient(variant: str, weights: list[list[float]], draws: int = 20_000, background: float = 0.0, **loss: float) -> torch.Tensor:
+    """Expected gradient of the loss with respect to the weights, over draws; the answer should be class 0."""
+    model, x, masks = linear(weights, background)
+    net = fc.ISNet(model, variant, first_layer="epsilon", generator=generator(), check="never")
+    out = net(x.expand(draws, -1, -1, -1), relevance=True)
+    fc.ISNetLoss(**loss)(out, torch.zeros(draws, dtype=torch.long), masks.expand(draws, -1, -1))[0].backward()
+    return model[1].weight.grad
+
+
+def pull(variant: str, w2: float, weights: list[list[float]]) -> float:
+    """Which way a step moves l_0 - l_1; > 0: to the right answer."""
+    step = -gradient(variant, weights, P=0.7, w2=w2).sum(1)
     return float(step[0] - step[1])
 
 
 @pytest.mark.parametrize(
     ("variant", "w2", "right"),
-    [("contrast", 3.0, False), ("contrast", 0.16, False), ("contrast", 0.14, True), ("selective", 3.0, False), ("selective", 0.1, True),
-     ("stochastic", 3.0, True), ("original", 3.0, True)],
+    [("selective", 3.0, False), ("selective", 0.12, False), ("selective", 0.1, True),
+     ("contrast", 3.0, True), ("stochastic", 3.0, True), ("original", 3.0, True)],
 )  # fmt: skip
-def test_the_foreground_loss_of_two_classes_holds_a_wrong_answer_unless_w2_is_small(variant, w2, right):
-    """docs/tool.md, "Two classes": at the turn, 2 P w2 / C1 / sqrt(2) against (1 - P) / 2; a foreground of one sign."""
+def test_the_foreground_loss_of_selective_holds_a_wrong_answer_unless_w2_is_small(variant, w2, right):
+    """docs/tool.md, "Two classes": at the turn, 2 P w2 / C1 against (1 - P) / 2; a foreground of one sign."""
     assert (pull(variant, w2, [[1.500, 0.0], [1.501, 0.0]]) > 0) == right
 
 
-@pytest.mark.parametrize("variant", ["contrast", "selective"])
-def test_a_foreground_of_both_signs_has_no_wall(variant):
-    assert pull(variant, 3.0, [[4.0, -2.0, 0.0], [2.0, 0.001, 0.0]], pixels=2) > 0
+def test_a_foreground_of_both_signs_has_no_wall():
+    assert pull("selective", 3.0, [[4.0, -2.0, 0.0], [2.0, 0.001, 0.0]]) > 0
+
+
+ANGLES = (torch.arange(2000, dtype=torch.float64) + 0.5) * math.tau / 2000  # at none of them is a map's total exactly 0 below
+CIRCLE = torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
+DECISION = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64) / 2**0.5
+
+
+def expected(directions, difference, mean, leak=0.0, **loss):
+    """Heatmap loss, expected over the directions ``v``, and the total loss's slopes along ``(l_0 - l_1) / sqrt(2)`` and along
+    ``(l_0 + l_1) / sqrt(2)``, at which the logits are given as ``[B]``; class 0 is right. To it: a slope < 0.
+
+    A class's map is its logit, 3/4 and 1/4 of it on two pixels of foreground, and 1/5 on one of background; there the classes differ
+    by ``leak`` besides."""
+    at = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in (difference, mean)], -1).view(-1, 2).requires_grad_()
+    logits = torch.stack([at[:, 1] + at[:, 0], at[:, 1] - at[:, 0]], 1) / 2**0.5
+    maps = logits[:, :, None] * torch.tensor([0.75, 0.25, 0.2], dtype=torch.float64)
+    maps = maps + torch.tensor([[0, 0, leak], [0, 0, -leak]])
+    points, n = len(at), len(directions)
+    maps = torch.einsum("vc,bcp->bvp", directions, maps).reshape(-1, 1, 1, 1, 3)
+    out = SimpleNamespace(logits=logits[:, None].expand(-1, n, -1).reshape(-1, 2), heatmaps=maps, hidden={})
+    labels, masks = torch.zeros(points * n, dtype=torch.long), torch.tensor([[[1.0, 1.0, 0.0]]]).expand(points * n, -1, -1)
+    total, parts = fc.ISNetLoss(**loss)(out, labels, masks)
+    (slopes,) = torch.autograd.grad(total * points, at)
+    return parts.heatmap.item(), *slopes.unbind(1)
+
+
+def test_contrast_of_two_classes_pulls_to_neither_answer_at_the_turn():
+    """At the defaults, wherever the logits' mean is: the decision's map is held with 2 P w2 / C1 = 4.2 against the classification
+    loss's (1 - P) / sqrt(2) = 0.21; a draw of the whole circle with nothing."""
+    means = torch.tensor([0.3, 1.0, 3.0])
+    classification = torch.tensor(-0.3 / 2**0.5, dtype=torch.float64)
+    close(expected(CIRCLE, torch.zeros(3), means)[1], classification.expand(3), 1e-3)
+    close(expected(DECISION, torch.full((3,), -1e-6), means, w1=0)[1], (4.2 + classification).expand(3), 1e-3)
+
+
+def test_expected_heatmap_loss_of_two_classes_depends_on_the_length_of_the_logits_alone():
+    """Nothing to be climbed along the circle from any answer to any other; and it falls outwards, up to C2."""
+    values = []
+    for r in (0.2, 0.9, 1.5, 5.0, 20.0):
+        around = [expected(CIRCLE, r * math.cos(t), r * math.sin(t))[0] for t in (0.0, 0.5, 1.7, 3.0, 4.4)]
+        assert max(around) - min(around) < 1e-3
+        values.append(around[0])
+    assert all(near > far + 1e-3 for near, far in itertools.pairwise(values))
+    sure, turn = (expected(DECISION, math.cos(t), math.sin(t), w1=0)[0] for t in (0.0, math.pi / 2))
+    assert turn - sure == pytest.approx(3), "the decision alone: w2 higher where the answer turns"
+
+
+def test_a_wrong_answer_of_two_classes_is_always_led_out():
+    """A mean of C1 or more (along its unit vector): downhill on the straight way to the right answer. Less: downhill, too, round the
+    origin. The decision alone stays where it is."""
+    steps = torch.linspace(-4, 1, 101)
+    for mean in (1.0, 2.0, -1.0):
+        assert (expected(CIRCLE[::5], steps, torch.full((101,), mean))[1] < 0).all()
+        assert (expected(DECISION, steps, torch.full((101,), mean))[1] > 0).any()
+    ends = {}
+    for name, directions in (("circle", CIRCLE[::5]), ("decision", DECISION)):
+        difference, mean = torch.tensor([-1.0], dtype=torch.float64), torch.tensor([0.1], dtype=torch.float64)
+        for _ in range(100):
+            _, a, b = expected(directions, difference, mean)
+            difference, mean = difference - 0.3 * a, mean - 0.3 * b
+        ends[name] = difference.item()
+    assert ends["circle"] > 0.5
+    assert ends["decision"] < -0.5
+
+
+def test_the_background_loss_is_a_wall_of_its_own_around_the_decision():
+    """At any w2: a ratio to the foreground's mean, which is 0 at the turn, while relevance that is left in the background is not."""
+    far, near = ([expected(v, d, 1.0, leak=0.1, w2=0)[0] for v in (DECISION, CIRCLE)] for d in (-0.1, -1e-4))
+    assert near[0] - far[0] > 3
+    assert abs(near[1] - far[1]) < 0.1
