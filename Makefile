@@ -59,7 +59,8 @@ help:
 	@echo "  TEST_ARGS='-k loss'       options of pytest"
 	@echo "  BENCH_ARGS='...'          options of the benchmarks"
 	@echo "  GPU_OUT=DIR               where 'make gpu' writes; benchmarks/results unless told"
-	@echo "  GPU_ARGS='--profile'      options of 'make gpu'; --help lists them"
+	@echo "  GPU_ARGS='--resume'       options of 'make gpu': --resume (leave out what is done), --minutes 9, --seconds tests=60,"
+	@echo "                            --only kernels, --profile, --dry-run (no GPU needed); --help lists them"
 	@echo "  GPU_PYTHON=3.12           the Python that 'make gpu-wheels' fetches packages for"
 
 demo: $(call READY,demo)

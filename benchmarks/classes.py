@@ -11,7 +11,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,12 +36,29 @@ COLUMNS = {
 }
 
 
-def run(options: argparse.Namespace) -> Report:
-    """Check, time, and compare growth."""
+def run(options: argparse.Namespace, seen: Callable[[Report], None] = lambda report: None, seconds: float | None = None) -> Report:
+    """Check, time, and compare growth.
+
+    Args:
+        options: of `arguments`.
+        seen: given the report as it grows.
+        seconds: about so long for the rounds.
+    """
     report = Report(
         "classes", "Time of a training step against the number of classes", common.settings_of(options),
         common.environment(options.device), COLUMNS,
     )  # fmt: skip
+
+    def measure(cases: Sequence[str], told: Sequence[str], setups: dict[int, Setup], rounds: int, share: float) -> Times:
+        def tell(times: Times, partial: bool = True) -> None:
+            report.forget_partial()
+            _rows(report, times, told, setups, partial)
+            seen(report)
+
+        times = _measure(options, cases, setups, rounds, tell, None if seconds is None else share * seconds)
+        tell(times, partial=False)
+        return times
+
     for model in options.models:
         setups = {count: common.setup_of(options, model=model, classes=count) for count in sorted(options.classes)}
         first = setups[min(setups)]
@@ -49,13 +66,11 @@ def run(options: argparse.Namespace) -> Report:
         for case, reason in wrong.items():
             report.drop(f"{model}, {case}", reason)
         right = [case for case in CONSTANT if case not in wrong]
-        times = _measure(options, [PLAIN, *right], setups, options.rounds)
-        _rows(report, times, [PLAIN, *right], setups)
+        times = measure([PLAIN, *right], [PLAIN, *right], setups, options.rounds, 0.7)
         _growth(report, times, right, setups)
         if ORIGINAL not in wrong:
             few = _affordable(report, options, setups)
-            times = _measure(options, [PLAIN, ORIGINAL], few, options.original_rounds)
-            _rows(report, times, [ORIGINAL], few)
+            times = measure([PLAIN, ORIGINAL], [ORIGINAL], few, options.original_rounds, 0.3)
             _linear(report, times, few)
     return report
 
@@ -64,11 +79,14 @@ def _key(case: str, classes: int) -> str:
     return f"{case}, {classes} classes"
 
 
-def _measure(options: argparse.Namespace, cases: Sequence[str], setups: dict[int, Setup], rounds: int) -> Times:
+def _measure(
+    options: argparse.Namespace, cases: Sequence[str], setups: dict[int, Setup], rounds: int, seen: Callable[[Times], None],
+    seconds: float | None,
+) -> Times:  # fmt: skip
     """All cases at all numbers of classes in turn, so that their differences are free of drift."""
     steps = {_key(case, c): TrainingStep(case, setup) for c, setup in setups.items() for case in cases}
     label = f"classes, {setups[min(setups)].model}"
-    return common.interleave(steps, rounds, min(rounds, options.warmup), options.device, label)
+    return common.interleave(steps, rounds, min(rounds, options.warmup), options.device, label, seconds, seen=seen)
 
 
 def _affordable(report: Report, options: argparse.Namespace, setups: dict[int, Setup]) -> dict[int, Setup]:
@@ -93,7 +111,7 @@ def _affordable(report: Report, options: argparse.Namespace, setups: dict[int, S
     return few
 
 
-def _rows(report: Report, times: Times, cases: Sequence[str], setups: dict[int, Setup]) -> None:
+def _rows(report: Report, times: Times, cases: Sequence[str], setups: dict[int, Setup], partial: bool) -> None:
     first = min(setups)
     for case in cases:
         for classes, setup in setups.items():
@@ -102,6 +120,7 @@ def _rows(report: Report, times: Times, cases: Sequence[str], setups: dict[int, 
                 **setup.as_row(), case=case, ms=times.spread(key),
                 over_plain=times.ratio(key, _key(PLAIN, classes)),
                 growth_ms=Spread.of(_differences(times, case, first, classes)), all_ms=times.ms[key],
+                partial=partial,
             )  # fmt: skip
 
 

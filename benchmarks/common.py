@@ -26,6 +26,8 @@ from fisnet_cuda.progress import Progress
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LEAST_ROUNDS = 3  # however little time there is
+TELL = 1.0  # seconds between two looks at the rounds so far
+PARTIAL = "partial"  # of a row whose rounds go on
 NOT_JUDGED = "----"  # the verdict on a bar whose target is for other settings
 
 
@@ -159,7 +161,8 @@ class Times:
 
 def interleave(
     steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int, device: str, label: str,
-    seconds: float | None = None, calls: int = 1,
+    seconds: float | None = None, calls: int = 1, seen: Callable[[Times], None] | None = None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> Times:  # fmt: skip
     """Time competitors in turn, A B C A B C ..., so that whatever else the machine does hits them alike.
 
@@ -171,6 +174,8 @@ def interleave(
         label: what the progress line says.
         seconds: begin no further round after so long (but always do `LEAST_ROUNDS`).
         calls: how often a step runs between two looks at the clock; its time is the mean.
+        seen: given the whole rounds so far, about once a second: what is there when the process is killed.
+        failed: told of a competitor that raises, which is then out, with all of its times; without it, the exception goes on.
     """
 
     def wait() -> None:
@@ -179,20 +184,30 @@ def interleave(
 
     times: dict[str, list[float]] = {name: [] for name in steps}
     progress, done = Progress(label, len(steps) * (rounds + warmup)), 0
-    begin = time.perf_counter()
+    begin = told = time.perf_counter()
     for index in range(rounds + warmup):
         if seconds is not None and index >= warmup + LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
-        for name, step in steps.items():
-            wait()
-            start = time.perf_counter()
-            for _ in range(calls):
-                step()
-            wait()
+        for name in list(times):
+            try:
+                wait()
+                start = time.perf_counter()
+                for _ in range(calls):
+                    steps[name]()
+                wait()
+            except Exception as error:
+                if failed is None:
+                    raise
+                del times[name]
+                failed(name, error)
+                continue
             if index >= warmup:
                 times[name].append(1e3 * (time.perf_counter() - start) / calls)
             done += 1
             progress.update(done, f"{name}, round {index + 1}")
+        if seen is not None and index >= warmup and times and time.perf_counter() - told > TELL:
+            seen(Times({name: list(ms) for name, ms in times.items()}))
+            told = time.perf_counter()
     return Times(times)
 
 
@@ -265,7 +280,8 @@ class Report:
         columns: of the Markdown table.
         rows: results; `add` gives each the device and the versions.
         bars: targets and verdicts.
-        notes: what was left out, and why.
+        notes: what a reader of the numbers must know.
+        missing: what was left out, and why: another run may have time for it, or find it mended.
         wrong: a case computed something else than it should.
         failed: something else that the exit code must tell.
     """
@@ -278,6 +294,7 @@ class Report:
     rows: list[dict[str, Any]] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     wrong: bool = False
     failed: bool = False
 
@@ -287,10 +304,19 @@ class Report:
         known = self.environment
         self.rows.append({**row, **{key: known[key] for key in ("device", "torch", "fisnet_cuda", "commit")}})
 
+    def forget_partial(self) -> None:
+        """Remove the rows whose rounds went on: they come anew."""
+        self.rows = [row for row in self.rows if not row.get(PARTIAL)]
+
     def note(self, text: str) -> None:
-        """Say at once, and in the files, that something was left out."""
+        """Say at once, and in the files, what a reader of the numbers must know."""
         print(f"note: {text}", file=sys.stderr)
         self.notes.append(text)
+
+    def lack(self, what: str, reason: str) -> None:
+        """Say at once, and in the files, that something was left out that another run may do."""
+        print(f"left out: {what}: {reason}", file=sys.stderr)
+        self.missing.append(f"{what}: {reason}")
 
     def drop(self, what: str, reason: str) -> None:
         """Say that a case is not timed because its result is wrong."""
@@ -308,7 +334,9 @@ class Report:
         versions = f"torch {e['torch']}, fisnet_cuda {e['fisnet_cuda']} at {e['commit']}, {e['date']}"
         lines = [f"## {self.question}", "", f"{machine}; {versions}. Numbers: p50 (p20-p80).", ""]
         lines += markdown_table(self.columns, self.rows)
-        for title, items in (("Bars", [bar.line() for bar in self.bars]), ("Notes", self.notes)):
+        for title, items in (
+            ("Bars", [bar.line() for bar in self.bars]), ("Left out", self.missing), ("Notes", self.notes),
+        ):  # fmt: skip
             if items:
                 lines += ["", f"{title}:", "", *(f"- {item}" for item in items)]
         if any(bar.verdict == NOT_JUDGED for bar in self.bars):
@@ -324,6 +352,7 @@ class Report:
             "environment": self.environment,
             "bars": [bar.as_dict() for bar in self.bars],
             "notes": self.notes,
+            "missing": self.missing,
             "wrong": self.wrong,
             "rows": self.rows,
         }
@@ -412,7 +441,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options, for the result file; where files lie is no setting."""
-    elsewhere = ("out", "path", "peaks", "part", "wait", "until", "authors", "cache")
+    elsewhere = ("out", "path", "peaks", "part", "wait", "until", "authors", "cache", "earlier")
     return {key: value for key, value in vars(options).items() if key not in elsewhere}
 
 

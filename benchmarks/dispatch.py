@@ -75,23 +75,30 @@ def run(options: argparse.Namespace, timer: Timer | None = None) -> Report:
             report.note("no GPU here: the choices were made by made-up times, to see that everything works, and no time is shown")
         if os.environ.get(VARIABLE):
             report.note(f"{VARIABLE} is set: what it forces is not measured")
-        nets = [Net(options, report, turn, timer, *pair) for pair in itertools.product(options.models, options.cases)]
+        pairs = itertools.product(options.models, options.cases)
+        nets = [Net(options, report, turn, timer, model, case) for model, case in pairs if not _known(turn, options, model, case)]
         if options.first:
             _decide_first(options, turn, nets)
         turn.wait()
         for net in nets:
             if turn.left <= 0:
-                report.note(f"{net.label}: left out, the time was over")
+                report.lack(net.label, "the time was over")
                 continue
             try:
                 net.measure()
             except Exception as error:
-                report.note(f"{net.label}: left out, {gpu_worker.brief(error)}")
+                report.lack(net.label, gpu_worker.brief(error))
                 report.failed = True
             gpu_worker.free()
             turn.save()
     turn.save()
     return report
+
+
+def _known(turn: Turn, options: argparse.Namespace, model: str, case: str) -> bool:
+    """Whether an earlier run has the choices of a network."""
+    fields = {key: getattr(options, key) for key in ("size", "batch", "precision")}
+    return turn.known(model=model, case=case, classes=options.classes, **fields)
 
 
 def _decide_first(options: argparse.Namespace, turn: Turn, nets: Sequence[Net]) -> None:

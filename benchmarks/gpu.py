@@ -1,13 +1,16 @@
 """``make gpu``: everything that needs a GPU, in one command and under eight minutes, without network.
 
-Installs what travelled along, runs the GPU tests and compute-sanitizer, then the kernel benchmark and the step benchmark, and
-writes ``<gpu>-<commit>.json`` and ``.md`` with every number. A stage that fails or runs out of time is reported and the next
-one runs. Benchmarks prepare (compile) in processes of their own while the tests run, and are timed afterwards, one at a
-time: see `benchmarks.gpu_worker`. Before the tests the dispatcher has the GPU for itself for a while: what runs a step's
-products is decided by measurement, and all benchmarks share these choices. Results are written as they come; the JSON file is
-whole at every moment.
+Installs what travelled along, launches every kernel once, runs the GPU tests and compute-sanitizer, then the benchmarks of
+steps, kernels and classes, and writes ``<gpu>-<commit>.json`` and ``.md`` with every number. A stage that fails or runs out of
+time is reported and the next one runs; within a stage the most valuable comes first, so that it loses only its last cases.
+Benchmarks prepare (compile) in processes of their own while the tests run, and are timed afterwards, one at a time: see
+`benchmarks.gpu_worker`. Before the tests the dispatcher has the GPU for itself for a while: what runs a step's products is
+decided by measurement, and all benchmarks share these choices. Results are written as they come; the JSON file is whole at every
+moment, and has every case that is finished, also when the run is killed.
 
-``--dry-run`` does the same on a machine without a GPU, at tiny sizes, with the kernels emulated.
+``--resume`` takes up the results of earlier runs with the same sources, GPU, versions and settings: what they did well is not
+done again (see `benchmarks.gpu_resume`). ``--dry-run`` does everything on a machine without a GPU, at tiny sizes, with the kernels
+emulated, and at real sizes over fake tensors (see `benchmarks.gpu_fake`).
 
 Exit code: 0; 1 when a test failed, a sanitizer found something or a result was wrong, or when one of these could not be
 told; 2 when there is no GPU or nothing could be installed. Standard library only, until the packages are installed.
@@ -29,24 +32,31 @@ import sys
 import tempfile
 import threading
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any, ClassVar, NamedTuple
 
 if not __package__:  # run as a file: the package is one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import gpu_wheels
+from benchmarks import gpu_resume, gpu_wheels
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("tests", "sanitizer", "dispatch", "kernels", "steps", "classes", "heatmap", "profile")
+RESULTS = ROOT / "benchmarks" / "results"
+CORRECT, TIMED = ("launches", "tests", "sanitizer"), tuple(gpu_resume.KEYS)
+STAGES = (*CORRECT, *TIMED)
+FAKE = "fake"  # a stage of dry runs
+SANITIZE = ROOT / "tests" / "gpu" / "sanitize.py"
+NO_TESTS = 5  # pytest's exit code where none was left to run
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-OK, FAILED, TIMEOUT, SKIPPED = "ok", "failed", "timeout", "skipped"
-# moments as shares of the whole time: preparing ends and timing begins; and what tests may take
-PREPARED, TESTS, SANITIZER, INSTALL = 0.54, 0.27, 0.19, 0.30
+OK, FAILED, TIMEOUT, SKIPPED = gpu_resume.OK, "failed", "timeout", "skipped"
+PREPARED = 0.54  # the moment, as a share of the whole time, when preparing ends and timing begins
+# what a stage may take of the whole time; the rest is for timing, shared out by `Worker.seconds`
+SHARES = {"install": 0.30, "launches": 0.08, "tests": 0.27, "sanitizer": 0.19}
+PARTS = (*SHARES, *TIMED)
 FIRST = 0.10  # what the tests wait for choices; three quarters of it are for deciding
+OUTCOMES, CHOICES = "tests.jsonl", "dispatch.json"  # what comes of each test, and what the dispatcher has found; in a run's folder
 REPORTING = 8.0  # seconds kept for the report
 GRACE = 15.0  # seconds for a worker that has used its time to write and end
 
@@ -150,6 +160,7 @@ class Worker:
         command: arguments after ``python -m``.
         seconds: it would like for measuring; shared out in proportion.
         first: others start when it has the GPU for itself, and tests when it is prepared.
+        most: seconds that it gets where there are more; twice what it would like.
     """
 
     name: str
@@ -157,12 +168,24 @@ class Worker:
     command: list[str]
     seconds: float
     first: bool = False
+    most: float | None = None
     job: Job | None = None
     part: Path | None = None
-    done: bool = False
+
+    def found(self) -> dict[str, Any]:
+        """Its report so far."""
+        nothing: dict[str, Any] = {"rows": [], "bars": [], "notes": [], "missing": [], "wrong": False}
+        return json.loads(self.part.read_text()) if self.part and self.part.exists() else nothing
 
 
 # ---- the run -------------------------------------------------------------------------------------------------
+
+
+class Failure(NamedTuple):
+    """Something that is not right, or cannot be told to be."""
+
+    stage: str
+    what: str
 
 
 @dataclass
@@ -173,13 +196,16 @@ class Run:
     folder: Path  # of logs and parts
     begin: float = field(default_factory=time.monotonic)
     stages: list[dict[str, Any]] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tests: dict[str, Any] = field(default_factory=dict)
     sanitizer: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, str] = field(default_factory=dict)
+    earlier: gpu_resume.Earlier = field(default_factory=gpu_resume.Earlier)
     workers: list[Worker] = field(default_factory=list)
     finished: bool = False
+    lock: Any = field(default_factory=threading.RLock)  # of the result file
 
     @property
     def device(self) -> str:
@@ -204,14 +230,26 @@ class Run:
         """A line of progress."""
         print(f"[{self.elapsed:6.1f} s] {text}", flush=True)
 
-    def fail(self, what: str) -> None:
-        """Something is not right, or cannot be told to be: the exit code will be 1."""
-        self.failures.append(what)
-        self.say(f"FAILED  {what}")
+    def limit(self, part: str) -> float:
+        """Seconds that a stage may take, from now on."""
+        return min(self.options.seconds.get(part, SHARES[part] * self.total), self.left())
 
-    def stage(self, name: str, status: str, seconds: float, detail: str = "") -> None:
+    def done(self, name: str, command: Sequence[str] = ()) -> bool:
+        """Whether an earlier run has done this stage well; says so."""
+        if not gpu_resume.is_done(self.earlier.content, name, command):
+            return False
+        self.say(f"{name}: done before")
+        return True
+
+    def fail(self, stage: str, what: str) -> None:
+        """Something is not right, or cannot be told to be: the exit code will be 1."""
+        self.failures.append(Failure(stage, what))
+        self.say(f"FAILED  {stage}: {what}")
+
+    def stage(self, name: str, status: str, seconds: float, detail: str = "", command: Sequence[str] = (), wrong: bool = False) -> None:
         """Note how a stage ended."""
-        self.stages.append({"name": name, "status": status, "seconds": round(seconds, 1), "detail": detail})
+        entry = {"name": name, "status": status, "seconds": round(seconds, 1), "detail": detail, "command": list(command)}
+        self.stages.append({**entry, "wrong": wrong, "date": self.environment.get("date", "")})
         first = detail.split("\n")[0]
         self.say(f"{name}: {status}, {seconds:.0f} s{', ' + first if first else ''}")
         self.save()
@@ -233,23 +271,26 @@ class Run:
     # ---- what is written ----
 
     def content(self) -> dict[str, Any]:
-        """All results so far."""
+        """All results so far, those of earlier runs included."""
+        choices = self.folder / CHOICES
+        took = {"date": self.environment.get("date"), "commit": self.environment.get("commit"), "seconds": round(self.elapsed, 1)}
         found: dict[str, Any] = {
-            "name": "gpu", "environment": self.environment, "dry_run": self.options.dry_run, "finished": self.finished,
+            "name": "gpu", "identity": self.identity, "environment": self.environment, "dry_run": self.options.dry_run,
+            "finished": self.finished, "runs": [{**took, "finished": self.finished}],
             "settings": {"minutes": self.options.minutes, "stages": self.options.only, "batch": self.options.batch},
-            "seconds": round(self.elapsed, 1), "stages": self.stages, "failures": list(self.failures), "tests": self.tests,
-            "sanitizer": self.sanitizer, "bars": [], "notes": list(self.notes), "wrong": False,
-            **{kind: [] for kind in STAGES[2:]},
+            "seconds": took["seconds"], "stages": list(self.stages), "failures": [list(failure) for failure in self.failures],
+            "missing": [], "tests": self.tests or _outcomes(self.folder / OUTCOMES, "running"), "sanitizer": list(self.sanitizer),
+            "bars": [], "notes": list(self.notes), "wrong": any(stage["wrong"] for stage in self.stages),
+            "choices": choices.read_text() if choices.exists() else "", **{kind: [] for kind in TIMED},
         }  # fmt: skip
         for worker in self.workers:
-            if worker.part is None or not worker.part.exists():
-                continue
-            part = json.loads(worker.part.read_text())
+            part = worker.found()
             found[worker.kind] += part["rows"]
             found["bars"] += part["bars"]
             found["notes"] += [f"{worker.name}: {note}" for note in part["notes"]]
+            found["missing"] += [[worker.name, what] for what in part["missing"]]
             found["wrong"] |= part["wrong"]
-        return found
+        return gpu_resume.merged(self.earlier.content, found)
 
     def path(self, suffix: str) -> Path:
         """Where results go: ``<out>/<gpu>-<commit><suffix>``."""
@@ -260,11 +301,23 @@ class Run:
         """Write the JSON file, so that it is a whole one at every moment."""
         if not self.environment:
             return
+        with self.lock:
+            path = self.path(".json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = path.with_name(path.name + ".new")
+            new.write_text(json.dumps(self.content(), indent=1) + "\n")
+            new.replace(path)
+
+    def put_aside(self) -> None:
+        """What lies where results will go, and is not taken up, keeps its date in its name: nothing is lost."""
         path = self.path(".json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(path.name + ".new")
-        new.write_text(json.dumps(self.content(), indent=1) + "\n")
-        new.replace(path)
+        if self.options.dry_run or not path.exists() or path.resolve() in self.earlier.taken:
+            return
+        date = re.sub(r"[^0-9]+", "", time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(path.stat().st_mtime)))
+        for suffix in (".json", ".md"):
+            if self.path(suffix).exists():
+                self.path(suffix).rename(self.path(f"-{date}{suffix}"))
+        self.say(f"an earlier {path.name} is kept as {self.path(f'-{date}.json').name}")
 
     def report(self) -> None:
         """Write both files and show the table."""
@@ -275,12 +328,37 @@ class Run:
 
             text = gpu_report.markdown(self.content())
         except Exception as error:
-            self.fail(f"the table could not be made: {type(error).__name__}: {error}")
+            self.fail("report", f"the table could not be made: {type(error).__name__}: {error}")
             return
         self.path(".md").write_text(text)
         print(f"\n{text}")
         print(self.path(".json"))
         print(self.path(".md"))
+
+
+class Keeper(threading.Thread):
+    """Writes the results again when a worker or a test has left something new: a killed run loses a second or two."""
+
+    def __init__(self, run: Run, every: float = 1.0) -> None:
+        super().__init__(daemon=True)
+        self.run_, self.every, self.over = run, every, threading.Event()
+
+    def run(self) -> None:
+        before = self._state()
+        while not self.over.wait(self.every):
+            now = self._state()
+            if now != before:
+                self.run_.save()
+                before = now
+
+    def _state(self) -> list[tuple[str, int, int]]:
+        files = [*self.run_.folder.glob("part-*.json"), self.run_.folder / OUTCOMES]
+        return [(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.exists()]
+
+    def end(self) -> None:
+        """Write no more."""
+        self.over.set()
+        self.join()
 
 
 # ---- stages --------------------------------------------------------------------------------------------------
@@ -290,11 +368,11 @@ def install(run: Run) -> bool:
     """Packages and the compiled library; False when nothing can run."""
     start = time.monotonic()
     try:
-        with _limit(max(run.left(INSTALL), 60)):
+        with _limit(max(run.limit("install"), 60)):
             gpu_wheels.install(run.options.wheels, lambda text: run.say(f"install: {text}"), read_smi("compute_cap"))
     except Exception as error:
         run.stage("install", FAILED, time.monotonic() - start, str(error))
-        run.fail(f"install: {error}")
+        run.fail("install", str(error))
         return False
     run.stage("install", OK, time.monotonic() - start)
     return True
@@ -335,82 +413,115 @@ def environment(run: Run) -> bool:
     status = job.finish(90)
     if status != OK:
         run.stage("environment", status, job.seconds, job.tail(3))
-        run.fail(f"environment: no usable PyTorch or GPU here:\n{job.tail()}")
+        run.fail("environment", f"no usable PyTorch or GPU here:\n{job.tail()}")
         return False
-    run.environment = json.loads(job.lines[-1])
-    e = run.environment
+    run.environment = e = json.loads(job.lines[-1])
+    run.identity = gpu_resume.identity(e, run.options)
+    if run.options.resume is not None:
+        run.earlier = gpu_resume.find(run.options.resume or [run.options.out, RESULTS], run.identity)
+        run.notes += run.earlier.why_not
+        for line in (*run.earlier.why_not, f"resumed from {', '.join(path.name for path in run.earlier.taken) or 'nothing'}"):
+            run.say(line)
+        if run.earlier.content.get("choices"):
+            (run.folder / CHOICES).write_text(run.earlier.content["choices"])
+    run.put_aside()
     run.stage("environment", OK, job.seconds, f"{e['device']}, torch {e['torch']}, CUDA {e['cuda']}, fisnet_cuda {e['commit']}")
     if not e["kernels"] and not run.options.dry_run:
-        run.fail(f"the kernels do not load: {e['reason_without_kernels']}")
+        run.fail("environment", f"the kernels do not load: {e['reason_without_kernels']}")
         return False
     return True
 
 
+def start_launches(run: Run) -> Job | None:
+    """Start what `launches` waits for, beside the look at the machine."""
+    if "launches" not in run.options.only:
+        return None
+    return run.start("launches", [sys.executable, str(SANITIZE), "--device", run.device])
+
+
+def launches(run: Run, job: Job) -> None:
+    """Every kernel once, in every dtype and layout: does anything run at all?"""
+    if run.done("launches"):
+        job.kill()
+        return
+    status = job.finish(run.left() if run.options.dry_run else run.limit("launches"))  # emulated, it takes its time
+    told = [line for line in job.lines if line]
+    if status != OK:
+        run.fail("launches", f"{status}\n{job.tail(30)}")
+    run.stage("launches", status, job.seconds, told[-1] if told else "")
+
+
 def tests(run: Run) -> None:
-    """The GPU tests, several processes at once."""
-    results = run.folder / "tests.xml"
+    """The GPU tests, several processes at once; those that have passed before are left out."""
+    outcomes, told = run.folder / OUTCOMES, [*run.options.tests, *run.options.test_args]
+    if run.done("tests", told):
+        return
+    outcomes.unlink(missing_ok=True)  # where logs are kept, an earlier run's may lie
+    before = run.earlier.content.get("tests", {}).get("outcomes", {})
+    passed = run.folder / "passed.json"
+    passed.write_text(json.dumps([name for name, (outcome, _) in before.items() if outcome == "passed"]))
     command = [
         sys.executable, "-m", "pytest", *run.options.tests, "-m", "gpu", "-q", "-p", "no:cacheprovider", "--tb=short",
-        "-o", "console_output_style=classic", f"--junitxml={results}", *run.options.test_args,
+        "-o", "console_output_style=classic", "-p", "benchmarks.gpu_tests", f"--outcomes={outcomes}", f"--passed={passed}",
+        *run.options.test_args,
     ]  # fmt: skip
     cores = os.cpu_count() or 1
     if not run.options.dry_run and cores >= 8:
         command += ["-n", str(min(6, cores // 2))]
     job = run.start("tests", command, echo=False, OMP_NUM_THREADS="1")
-    status = job.finish(min(run.options.test_seconds or run.total, run.total * TESTS, run.left()))
-    found = _junit(results)
-    run.tests = {"status": status, **found}
+    status = job.finish(run.limit("tests"))
+    found = _outcomes(outcomes, status)
+    if status == FAILED and job.process.returncode == NO_TESTS and before:
+        status = OK  # all that there are have passed before
     if found:
         detail = f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped"
     else:
         detail = "no result was written"
-    for name in found.get("failing", [])[:40]:
-        run.fail(f"test {name}")
+    if before:
+        detail += f"; {len(json.loads(passed.read_text()))} had passed before"
+    run.tests = found or {"status": status}
+    whole = gpu_resume.tests({"outcomes": before} if before else {}, found)
+    for name in whole.get("failing", [])[:40]:
+        run.fail("tests", name)
     if status == TIMEOUT:
-        run.fail("tests: out of time, the rest is not told")
-    elif status == FAILED and not found.get("failing"):
-        run.fail(f"tests: pytest ended with {job.process.returncode}\n{job.tail()}")
-    run.stage("tests", status, job.seconds, detail)
+        run.fail("tests", "out of time, the rest is not told")
+    elif status == FAILED and not whole.get("failing"):
+        run.fail("tests", f"pytest ended with {job.process.returncode}\n{job.tail()}")
+    run.stage("tests", status, job.seconds, detail, told)
 
 
-def _junit(path: Path) -> dict[str, Any]:
-    """Counts and the names of failing tests from pytest's file; empty when there is none."""
+def _outcomes(path: Path, status: str) -> dict[str, Any]:
+    """What `benchmarks.gpu_tests` has written so far; empty when that is nothing."""
     if not path.exists():
         return {}
-    cases = list(ET.parse(path).iter("testcase"))
-    failing = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    skipped = [c for c in cases if c.find("skipped") is not None]
-    messages = {}
-    for c in failing:
-        what = c.find("failure") if c.find("failure") is not None else c.find("error")
-        messages[f"{c.get('classname')}::{c.get('name')}"] = (what.get("message") or "")[:500]  # type: ignore[union-attr]
-    reasons = sorted({(c.find("skipped").get("message") or "")[:200] for c in skipped})  # type: ignore[union-attr]
-    return {
-        "passed": len(cases) - len(failing) - len(skipped), "failed": len(failing), "skipped": len(skipped),
-        "failing": list(messages), "messages": messages, "why_skipped": reasons,
-    }  # fmt: skip
+    found: dict[str, tuple[str, str]] = {}
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):  # the last one may be half
+            name, outcome, message = json.loads(line)
+            found[name] = (outcome, message)
+    return gpu_resume.counted(status, found) if found else {}
 
 
 def sanitizer(run: Run) -> None:
     """All four tools of compute-sanitizer on every kernel, at once, and each on a planted bug that it must find."""
+    if run.done("sanitizer"):
+        return
     start = time.monotonic()
-    script = [sys.executable, str(ROOT / "tests" / "gpu" / "sanitize.py"), "--device", run.device]
+    script = [sys.executable, str(SANITIZE), "--device", run.device]
     tool = shutil.which("compute-sanitizer") or next(
         (str(p) for p in (Path("/usr/local/cuda/bin/compute-sanitizer"),) if p.exists()), None
     )
     if tool is None:
         detail = "compute-sanitizer is not installed here (it comes with the CUDA toolkit)"
         run.notes.append(f"sanitizer: {detail}")
-        if run.options.dry_run:  # at least the script runs
-            job = run.start("sanitize", script)
-            status = job.finish(run.total * SANITIZER)
-            if status != OK:
-                run.fail(f"sanitizer: the script ended with {status}\n{job.tail()}")
         run.stage("sanitizer", SKIPPED, time.monotonic() - start, detail)
         return
     planted = _planted(run)
+    before = {entry["tool"] for entry in run.earlier.content.get("sanitizer", []) if entry["status"] == OK}
     jobs = {}
     for name in TOOLS:
+        if name in before:
+            continue
         base = [tool, "--tool", name, "--error-exitcode", "99"]
         # only our kernels; but initcheck must see every kernel that writes what ours read
         only_ours = [] if name == "initcheck" else ["--kernel-regex", "kns=fisnet"]
@@ -418,7 +529,7 @@ def sanitizer(run: Run) -> None:
         jobs[name] = run.start(f"sanitizer {name}", [*base, *only_ours, *script], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         if planted:
             jobs[f"planted {name}"] = run.start(f"planted {name}", [*base, str(planted), name], echo=False)
-    end = min(run.total * SANITIZER, run.left())
+    end = run.limit("sanitizer")
     for name, job in jobs.items():
         status = job.finish(end - (time.monotonic() - start))
         summary = next((line for line in reversed(job.lines) if "SUMMARY" in line), "").strip("= ")
@@ -430,8 +541,8 @@ def sanitizer(run: Run) -> None:
             if job.process.returncode != 99:
                 run.notes.append(f"sanitizer: {name.split()[1]} does not find its planted bug here, so its silence says little")
         elif status != OK:
-            run.fail(f"sanitizer {name}: {status}, {summary or job.tail()}")
-    good = sum(entry["status"] == OK for entry in run.sanitizer if not entry["tool"].startswith("planted"))
+            run.fail("sanitizer", f"{name}: {status}, {summary or job.tail()}")
+    good = len(before) + sum(entry["status"] == OK for entry in run.sanitizer if not entry["tool"].startswith("planted"))
     status = OK if good == len(TOOLS) else FAILED
     run.stage("sanitizer", status, time.monotonic() - start, f"{good} of {len(TOOLS)} tools found nothing")
 
@@ -464,19 +575,18 @@ def workers(options: argparse.Namespace) -> list[Worker]:
         if kind in wanted:
             found.append(Worker(name, kind, [f"benchmarks.{module}", *arguments, *device], seconds, first))
 
-    deciding = ["--first", f"{0.75 * FIRST * 60 * options.minutes:.0f}"]
     if options.dry_run:
-        add("dispatch", "dispatch", "dispatch", 20, "--quick", *deciding, *options.dispatch_args, first=True)
-        add("kernels", "kernels", "kernels", 20, "--quick", "--dtypes", "fp32", *options.kernel_args)
+        add("dispatch", "dispatch", "dispatch", 20, "--quick", *options.dispatch_args, first=True)
         add("steps", "small", "gpu_step", 20, "--quick", "--graphs", *options.step_args)
+        add("kernels", "kernels", "kernels", 20, "--quick", "--dtypes", "fp32", *options.kernel_args)
         add("classes", "classes", "gpu_turn", 20, "classes", "--models", "small", "--classes", "2", "4", "--batch", "2", "--size",
             "32", "--rounds", "3", "--original-rounds", "2", "--warmup", "1")  # fmt: skip
         add("profile", "profile", "gpu_profile", 5, "--quick")
-        return found
+        add("heatmap", "heatmap", "gpu_turn", 5, "heatmap", "--models", "small", "--batch", "2", "--size", "32", "--rounds", "3",
+            "--warmup", "1")  # fmt: skip
+        return _weighed(found, options.seconds)
     batch = ["--batch", str(options.batch)]
-    add("dispatch", "dispatch", "dispatch", 45, "--precision", "bf16", *batch, *deciding, *options.dispatch_args, first=True)
-    for share in range(1, 5):
-        add("kernels", f"kernels {share}/4", "kernels", 18, "--share", f"{share}/4", *options.kernel_args)
+    add("dispatch", "dispatch", "dispatch", 45, "--precision", "bf16", *batch, *options.dispatch_args, first=True)
 
     def step(model: str, precision: str, seconds: float, *arguments: str, size: int = 224) -> None:
         more = ["--authors", str(options.authors)] if options.authors and precision == "tf32" else []
@@ -488,6 +598,8 @@ def workers(options: argparse.Namespace) -> list[Worker]:
     small = 28
     step("resnet50", "bf16", 30, "--compiled", "4")
     step("resnet18", "bf16", 12, "--graphs", size=small)
+    for share in range(1, 5):  # each has its part of the most valuable cases, first
+        add("kernels", f"kernels {share}/4", "kernels", 18, "--share", f"{share}/4", *options.kernel_args)
     step("resnet18", "bf16", 14)
     step("densenet121", "bf16", 20)
     step("vgg16_bn", "bf16", 18)
@@ -508,15 +620,30 @@ def workers(options: argparse.Namespace) -> list[Worker]:
     step("densenet121", "tf32", 10, "--compiled", "1")
     step("vgg16_bn", "tf32", 10, "--compiled", "1")
     step("resnet18", "tf32", 6, "--compiled", "1", "--graphs", size=small)
-    return found
+    return _weighed(found, options.seconds)
+
+
+def _weighed(workers: list[Worker], told: dict[str, float]) -> list[Worker]:
+    """The workers, those of a kind with a time of its own weighed so that they share it."""
+    for kind, seconds in told.items():
+        mine = [worker for worker in workers if worker.kind == kind]
+        whole = sum(worker.seconds for worker in mine)
+        for worker in mine:
+            worker.seconds = worker.most = seconds * worker.seconds / whole
+    return workers
 
 
 def launch(run: Run, worker: Worker, until: float) -> None:
     """Start a worker; it prepares until that many seconds after the run's start."""
-    worker.part = run.folder / f"part-{len(list(run.folder.glob('part-*')))}-{run.workers.index(worker)}.json"
+    number = run.workers.index(worker)
+    earlier, worker.part = (run.folder / f"{name}-{os.getpid()}-{number}.json" for name in ("earlier", "part"))
+    earlier.write_text(json.dumps(run.earlier.content.get(worker.kind, [])))
     moment = time.time() + until - run.elapsed
     command = [sys.executable, "-m", *worker.command, "--part", str(worker.part), "--wait", "--until", f"{moment:.1f}"]
-    choices = str(run.folder / "dispatch.json")  # what one worker finds to be fastest is the choice of all
+    command += ["--earlier", str(earlier)]
+    if worker.first:
+        command += ["--first", f"{0.75 * FIRST * run.total:.0f}"]
+    choices = str(run.folder / CHOICES)  # what one worker finds to be fastest is the choice of all
     if worker.kind == "dispatch" and not run.options.dry_run:  # where times are made up, so are choices
         command += ["--cache", choices]
     worker.job = run.start(worker.name, command, FISNET_CACHE=choices)
@@ -586,38 +713,72 @@ def _turn(run: Run, worker: Worker, share: float, left: float) -> None:
         job.kill()
         run.stage(worker.name, TIMEOUT, job.seconds, "it was not prepared in time")
         return
-    seconds = min(2 * worker.seconds, share * (run.left() - REPORTING))
+    seconds = min(worker.most or 2 * worker.seconds, share * (run.left() - REPORTING))
     job.tell(f"go {seconds:.1f}")
     status = job.finish(min(2 * seconds + GRACE, run.left() - REPORTING / 2))
-    part = json.loads(worker.part.read_text()) if worker.part and worker.part.exists() else {"rows": [], "wrong": False}
-    timed = [row for row in part["rows"] if "wrong" not in row]
-    detail = f"{len(timed)} rows"
+    part = worker.found()
+    whole = [row for row in part["rows"] if gpu_resume.is_good(row)]
+    detail = f"{len(whole)} rows"
+    for what, items in (("cut off", [row for row in part["rows"] if row.get("partial")]), ("left out", part["missing"])):
+        if items:
+            detail += f", {len(items)} {what}"
     if part["wrong"]:
-        run.fail(f"{worker.name}: a result is wrong, its time is withheld; see the notes")
+        run.fail(worker.name, "a result is wrong, its time is withheld; see the notes")
     elif status == FAILED:  # not correctness, but not nothing either
         detail += f", {job.tail(2)}"
-        run.fail(f"{worker.name}: {job.tail()}")
-    run.stage(worker.name, status, time.monotonic() - start, detail)
+        run.fail(worker.name, job.tail())
+    run.stage(worker.name, status, time.monotonic() - start, detail, worker.command, part["wrong"])
+
+
+def fake(run: Run, job: Job) -> None:
+    """Wait for every case at its real sizes over fake tensors, which ran beside everything else."""
+    status = job.finish(run.left() - REPORTING)
+    if job.process.returncode == 2:
+        status = SKIPPED
+        run.notes.append(f"{FAKE}: {job.lines[-1] if job.lines else job.tail()}")
+    elif status != OK:
+        run.fail(FAKE, f"{status}\n{job.tail(30)}")
+    run.stage(FAKE, status, job.seconds, next((line for line in reversed(job.lines) if line), ""))
 
 
 # ---- the command ---------------------------------------------------------------------------------------------
 
 
+def _time_of_part(text: str) -> tuple[str, float]:
+    """Parse ``tests=60``."""
+    part, _, seconds = text.partition("=")
+    if part not in PARTS or not re.fullmatch(r"\d+(\.\d+)?", seconds):
+        raise argparse.ArgumentTypeError(f"{text!r} is no PART=SECONDS; the parts are {', '.join(PARTS)}")
+    return part, float(seconds)
+
+
+def _existing(text: str) -> Path:
+    path = Path(text)
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"there is no {text}: name a result file of make gpu, or a folder of them")
+    return path
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results (benchmarks/results)")
-    p.add_argument("--dry-run", action="store_true", help="without a GPU: the kernels emulated, everything tiny")
+    p.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
+    p.add_argument("--dry-run", action="store_true", help="without a GPU: emulated at tiny sizes, fake at real ones")
+    # fmt: off
+    p.add_argument("--resume", type=_existing, nargs="*", metavar="PLACE", help="do not do again what these result files have, or "
+                   "those of these folders (of --out and benchmarks/results), of the same sources, GPU, versions and settings")
     p.add_argument("--minutes", type=float, default=7.75, help="for everything")
-    p.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), help="which stages")
+    p.add_argument("--seconds", type=_time_of_part, nargs="+", default=[], metavar="PART=SECONDS",
+                   help=f"what a part may take, instead of its share of the minutes; of {', '.join(PARTS)}")
+    # fmt: on
+    p.add_argument("--only", nargs="+", choices=(*STAGES, FAKE), help="which stages; all of them")
     p.add_argument("--profile", action="store_true", help="also profile Selective ResNet-50")
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--zennit", type=Path, nargs="+", default=[], help="folders with zennit or captum: time their heatmaps too")
     p.add_argument("--authors", type=Path, help="folder of the authors' code (PedroRASB/FasterISNet): time its step too")
     p.add_argument("--wheels", type=Path, default=gpu_wheels.WHEELS, help="what 'make gpu-wheels' made (build/gpu_wheels)")
-    p.add_argument("--tests", nargs="+", default=["tests/gpu", "tests/kernels"], help="which tests")
+    p.add_argument("--tests", nargs="+", default=["tests/kernels", "tests/gpu"], help="which tests")
     p.add_argument("--test-args", type=shlex.split, default=[], help="more options of pytest: --test-args='-x -k loss'")
-    p.add_argument("--test-seconds", type=float, help="at most so long for the tests")
     p.add_argument("--kernel-args", type=shlex.split, default=[], help="more options of benchmarks/kernels.py")
     p.add_argument("--dispatch-args", type=shlex.split, default=[], help="more options of benchmarks/dispatch.py")
     p.add_argument("--step-args", type=shlex.split, default=[], help="more options of benchmarks/gpu_step.py")
@@ -626,10 +787,21 @@ def arguments() -> argparse.ArgumentParser:
     return p
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with what hangs on several of them."""
+    p = arguments()
+    options = p.parse_args(argv)
+    if FAKE in (options.only or ()) and not options.dry_run:
+        p.error(f"--only {FAKE} needs --dry-run: it stands in for a GPU")
+    options.only = options.only or [*STAGES, *[FAKE] * options.dry_run]
+    options.seconds = dict(options.seconds)
+    options.out, options.wheels = options.out.resolve(), options.wheels.resolve()
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    options = arguments().parse_args(argv)
-    options.out, options.wheels = options.out.resolve(), options.wheels.resolve()
+    options = parse(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))  # so that what was started is ended
     atexit.register(_end_all)
@@ -642,12 +814,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(run: Run) -> int:
     options = run.options
-    if not (options.dry_run or install(run)) or not environment(run):
+    if not (options.dry_run or install(run)):
         return 2
-    run.workers = workers(options)
+    launched = start_launches(run)
+    if not environment(run):
+        return 2
+    run.workers = [worker for worker in workers(options) if not run.done(worker.name, worker.command)]
+    faked = run.start(FAKE, [sys.executable, "-m", "benchmarks.gpu_fake"]) if FAKE in options.only else None
     cores = os.cpu_count() or 1
-    preparing = Preparing(run, options.at_once or max(1, cores // 2))
+    preparing, keeper = Preparing(run, options.at_once or max(1, cores // 2)), Keeper(run)
     try:
+        keeper.start()
+        if launched is not None:
+            launches(run, launched)
         preparing.start()
         preparing.wait_for_first()
         for name, stage in (("tests", tests), ("sanitizer", sanitizer)):
@@ -656,12 +835,16 @@ def _run(run: Run) -> int:
         preparing.wait()
         run.say("timing begins")
         measure(run)
+        if faked is not None:
+            fake(run, faked)
         run.finished = True
     finally:
         preparing.over.set()
+        keeper.end()
         run.report()
     run.say(f"{len(run.failures)} failures" if run.failures else "nothing failed")
-    return int(bool(run.failures) or run.content()["wrong"])
+    content = run.content()
+    return int(bool(content["failures"]) or content["wrong"])
 
 
 def _end_all() -> None:

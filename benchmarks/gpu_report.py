@@ -63,12 +63,19 @@ def markdown(content: dict[str, Any]) -> str:
     driver = f", driver {gpu['driver_version']}" if gpu.get("driver_version") else ""
     lines = [f"# fisnet_cuda at {e['commit']} on {e['device']}", ""]
     lines += [f"torch {e['torch']}, CUDA {e['cuda']}{driver}, {e['cores']} cores, {e['date']}. Numbers: p50 (p20-p80).", ""]
+    if len(content["runs"]) > 1:
+        told = [f"{run['date']} ({run['seconds']:.0f} s, at {run['commit']})" for run in content["runs"]]
+        lines += [f"Of {len(told)} runs, with the same sources, GPU, versions and settings: {', '.join(told)}.", ""]
     if content["dry_run"]:
         lines += ["**A dry run on the CPU, with the kernels emulated: no number here says anything about a GPU.**", ""]
     if not content["finished"]:
         lines += ["**The run was stopped before its end: results so far.**", ""]
     lines += markdown_table(STAGES, content["stages"])
-    for title, items in (("Failures", content["failures"]), ("Bars", [bar["line"] for bar in content["bars"]])):
+    told = {name: [f"{stage}: {what}" for stage, what in content[name]] for name in ("failures", "missing")}
+    for title, items in (
+        ("Failures", told["failures"]), ("Left out: a run with --resume does it", told["missing"]),
+        ("Bars", [bar["line"] for bar in content["bars"]]),
+    ):  # fmt: skip
         if items:
             lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]
     for key, (title, module) in TABLES.items():
@@ -76,16 +83,23 @@ def markdown(content: dict[str, Any]) -> str:
         if rows:
             columns = importlib.import_module(f"benchmarks.{module}").COLUMNS
             lines += ["", f"## {title}", "", *markdown_table(columns, rows)]
+            if cut_off := sum(bool(row.get("partial")) for row in rows):
+                lines += ["", f"{cut_off} of these rows were cut off: they are of fewer rounds than they should be."]
     if content["notes"]:
         lines += ["", "## Notes", "", *(f"- {note}" for note in content["notes"])]
     return "\n".join(lines) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the description as JSON; returns the exit code."""
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    print(json.dumps(describe(p.parse_args(argv).device)))
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the description as JSON; returns the exit code."""
+    print(json.dumps(describe(arguments().parse_args(argv).device)))
     return 0
 
 

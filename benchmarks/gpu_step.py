@@ -17,7 +17,7 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,8 @@ class Contestant:
 PLAIN_COMPILED = Contestant(PLAIN, compiled=True)
 # in order of importance: preparing may run out of time
 EAGER = [
-    Contestant(PLAIN), Contestant("selective"), Contestant("dual"), Contestant("selective", products="library"),
-    Contestant("dual", products="library"), Contestant("stochastic"), Contestant("selective", "reference"),
+    Contestant(PLAIN), Contestant("selective"), Contestant("stochastic"), Contestant("dual"),
+    Contestant("selective", products="library"), Contestant("dual", products="library"), Contestant("selective", "reference"),
     Contestant(DOUBLE_BACKWARD), Contestant(ORIGINAL),
 ]  # fmt: skip
 COMPILED = [
@@ -167,17 +167,13 @@ class Made:
 
 def _prepared(options: argparse.Namespace, report: Report, turn: Turn, setup: Setup) -> dict[str, Made]:
     """Contestants by key, after a few steps of each; those to be replayed are not captured yet."""
-    contestants = [c for c in EAGER if c.case in (PLAIN, *options.cases)]
-    if options.compiler != "none":
-        contestants += [c for c in COMPILED[: options.compiled] if c.case in (PLAIN, *options.cases)]
-    if options.graphs:
-        contestants += [c for c in REPLAYED if c.case in (PLAIN, *options.cases)]
-    if options.authors:
-        contestants.append(AUTHORS_STEP)
+    contestants = _left(turn, setup, wanted(options))
+    if not contestants:
+        return {}
     wrong = turn.attempt("check in float64", lambda: _wrong(options, setup, contestants))
     if wrong is None:
         report.wrong = True
-        report.note(f"{setup.model}: nothing but plain is timed, the results could not be checked")
+        report.lack(setup.model, "nothing but plain is timed, the results could not be checked")
         contestants = [c for c in contestants if c.case == PLAIN]
     for case, reason in (wrong or {}).items():
         report.drop(f"{setup.model}, {case}", reason)
@@ -197,6 +193,25 @@ def _prepared(options: argparse.Namespace, report: Report, turn: Turn, setup: Se
             if contestant.compiled and contestant.chooses and made.postponed:
                 report.note(f"{contestant.text}: compiled before all of its products were measured, those run candidate 0")
     return found
+
+
+def wanted(options: argparse.Namespace) -> list[Contestant]:
+    """Who takes part."""
+    contestants = list(EAGER)
+    if options.compiler != "none":
+        contestants += COMPILED[: options.compiled]
+    if options.graphs:
+        contestants += REPLAYED
+    return [c for c in contestants if c.case in (PLAIN, *options.cases)] + [AUTHORS_STEP] * bool(options.authors)
+
+
+def _left(turn: Turn, setup: Setup, contestants: list[Contestant]) -> list[Contestant]:
+    """Those that no earlier run has timed, and what they are compared with; nobody where all have been."""
+    left = [c for c in contestants if not turn.known(**setup.as_row(), case=c.key)]
+    if not left:
+        return []
+    library = [c for c in contestants if c.products and any(o.chooses and o.case == c.case for o in left)]
+    return [c for c in contestants if c in (*left, *library, Contestant(PLAIN), PLAIN_COMPILED)]
 
 
 def _wrong(options: argparse.Namespace, setup: Setup, contestants: Sequence[Contestant]) -> dict[str, str]:
@@ -392,10 +407,25 @@ def _measure(
             continue
         calls = _calls(steps[PLAIN], setup.device) if ORIGINAL not in keys else 1
         group = {key: steps[key] for key in keys}
-        seconds = share * left
-        times = common.interleave(group, rounds, options.warmup, options.device, label, seconds, calls)
-        _rows(report, turn, setup, times, made, calls)
-        turn.save()
+        beside = {PLAIN} if ORIGINAL in keys else set()  # for the ratio only
+
+        def tell(times: Times, partial: bool = True, calls: int = calls, beside: set[str] = beside) -> None:
+            report.forget_partial()
+            _rows(report, setup, times, made, calls, beside, partial)
+            turn.save()
+
+        def failed(key: str, error: Exception) -> None:
+            report.lack(f"{label}, {made[key].contestant.text}", gpu_worker.brief(error))
+            if key == PLAIN:  # what all are compared with
+                raise error
+
+        times = common.interleave(
+            group, rounds, options.warmup, options.device, label, share * left, calls, seen=tell, failed=failed
+        )
+        tell(times, partial=False)
+        for key in times.ms:
+            if key not in beside:
+                turn.say(f"{made[key].contestant.text}: {times.spread(key).p50:.2f} ms, {times.ratio(key, PLAIN).p50:.2f} times plain")
     _bars(report, setup, label)
 
 
@@ -421,10 +451,12 @@ def _calls(step: Callable[[], None], device: str) -> int:
     return max(1, min(10, math.ceil(BUSY_MS / (1e3 * (time.perf_counter() - start)))))
 
 
-def _rows(report: Report, turn: Turn, setup: Setup, times: Times, made: dict[str, Made], calls: int) -> None:
+def _rows(
+    report: Report, setup: Setup, times: Times, made: dict[str, Made], calls: int, beside: Collection[str], partial: bool
+) -> None:  # fmt: skip
     for key in times.ms:
-        if key == PLAIN and any(row["case"] == PLAIN for row in report.rows):
-            continue  # beside Original, for the ratio only
+        if key in beside:
+            continue
         row: dict[str, Any] = {"ms": times.spread(key), "over_plain": times.ratio(key, PLAIN)}
         if PLAIN_COMPILED.key in times.ms:
             row["over_compiled_plain"] = times.ratio(key, PLAIN_COMPILED.key)
@@ -434,10 +466,11 @@ def _rows(report: Report, turn: Turn, setup: Setup, times: Times, made: dict[str
             row["over_library_products"] = times.ratio(key, library)
         if not math.isnan(m.peak):
             row["peak_mib"], row["peak_over_plain"] = m.peak, m.peak / made[PLAIN].peak
+        text = m.contestant.text + (f" (cut off after {len(times.ms[key])} rounds)" if partial else "")
         report.add(
-            **setup.as_row(), case=key, text=m.contestant.text, **row, rounds=len(times.ms[key]), calls=calls, all_ms=times.ms[key]
-        )
-        turn.say(f"{m.contestant.text}: {row['ms'].p50:.2f} ms, {row['over_plain'].p50:.2f} times plain")
+            **setup.as_row(), case=key, text=text, **row, rounds=len(times.ms[key]), calls=calls, all_ms=times.ms[key],
+            partial=partial,
+        )  # fmt: skip
 
 
 # ---- the command ---------------------------------------------------------------------------------------------

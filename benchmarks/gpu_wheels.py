@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,13 +192,18 @@ def _compile(say: Callable[[str], None], capability: str) -> None:
         raise RuntimeError(f"compiling the kernels failed:\n{(run.stdout + run.stderr).strip()[-3000:]}")
 
 
-def main() -> int:
-    """The command; returns the exit code."""
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("--out", type=Path, default=WHEELS, help="folder of the wheels (build/gpu_wheels)")
     p.add_argument("--python", default="3.12", help="version of the other machine's Python")
     p.add_argument("--own-only", action="store_true", help="only the project's own wheel")
-    options = p.parse_args()
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    options = arguments().parse_args(argv)
     make(options.out.resolve(), options.python, options.own_only)
     return 0
 

@@ -2,7 +2,8 @@
 
 Compiling takes most of the time and little of the GPU, so all workers compile at once, while tests run; only then are
 they timed, one after the other. A worker prints one line for each piece of news, ``READY`` when it is prepared, and
-then waits for ``go SECONDS`` on its standard input. Its report is a JSON file that is whole at every moment.
+then waits for ``go SECONDS`` on its standard input. Its report is a JSON file that is whole at every moment. What an earlier
+run has already measured it leaves out.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +24,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from benchmarks import common
+from benchmarks import common, gpu_resume
 from benchmarks.common import Report
 
 READY, GO = "READY", "go"
@@ -39,6 +42,7 @@ def options_of(p: argparse.ArgumentParser) -> None:
     p.add_argument("--part", type=Path, help="write the rows to this JSON file as they come")
     p.add_argument("--wait", action="store_true", help="when prepared, print READY and wait for 'go SECONDS'")
     p.add_argument("--until", type=float, help="prepare no longer than this moment (seconds since 1970)")
+    p.add_argument("--earlier", type=Path, help="rows of an earlier run in a JSON file: what is there is not measured again")
     p.add_argument("--seconds", type=float, default=60.0, help="time for measuring, where nobody says 'go SECONDS'")
 
 
@@ -54,6 +58,15 @@ class Turn:
         self.options, self.report = options, report
         self.seconds: float = options.seconds
         self.begin = time.perf_counter()  # of the turn
+        self.earlier: list[dict[str, Any]] = json.loads(options.earlier.read_text()) if options.earlier else []
+
+    def known(self, **fields: Any) -> bool:
+        """Whether an earlier run has rows with these fields, all of them whole and right; says so."""
+        found = [row for row in self.earlier if all(row.get(key) == value for key, value in fields.items())]
+        if not found or not all(map(gpu_resume.is_good, found)):
+            return False
+        self.say(f"{', '.join(str(value) for value in fields.values() if not isinstance(value, dict))}: done before")
+        return True
 
     @property
     def left(self) -> float:
@@ -70,7 +83,7 @@ class Turn:
             common.save_json(self.report.content(), self.options.part)
 
     def attempt(self, what: str, make: Callable[[], T], late: bool = False) -> T | None:
-        """``make()``, stopped when the time for preparing is over; a failure is a note of the report, and gives None.
+        """``make()``, stopped when the time for preparing is over; a failure is missing in the report, and gives None.
 
         What a failure says matters, yet it must not take the other contestants with it. What comes ``late``, in the turn
         itself, is not stopped.
@@ -80,9 +93,9 @@ class Turn:
             with alarm(None if late else self.options.until):
                 made = make()
         except OutOfTimeError:
-            self.report.note(f"{what}: left out, preparing it took longer than there was time")
+            self.report.lack(what, "preparing it took longer than there was time")
         except Exception as error:
-            self.report.note(f"{what}: left out, {brief(error)}")
+            self.report.lack(what, brief(error))
         else:
             if made is not None:
                 self.say(f"{what}: prepared in {time.perf_counter() - start:.1f} s")
@@ -103,6 +116,14 @@ class Turn:
         if word != GO:
             raise SystemExit(0)
         self.seconds, self.begin = float(seconds), time.perf_counter()
+        threading.Thread(target=_end_with_input, daemon=True).start()
+
+
+def _end_with_input() -> None:
+    """End when nobody waits any more: who was killed could not end its workers, which would disturb the next run's."""
+    for _ in sys.stdin:
+        pass
+    os._exit(1)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ if not __package__:  # run as a file: the package is one folder up
 
 from benchmarks import common, figures, verify
 from benchmarks.cases import DOUBLE_BACKWARD, Setup, explainer
-from benchmarks.common import Bar, Report, Spread, cell
+from benchmarks.common import Bar, Report, Spread, Times, cell
 
 TARGET = 2.2
 BOUND = 2.0  # a forward, and a transposed product for each of its products
@@ -55,8 +55,14 @@ COLUMNS = {
 Explain = Callable[[], object]
 
 
-def run(options: argparse.Namespace) -> Report:
-    """Check, time, and compare with the target."""
+def run(options: argparse.Namespace, seen: Callable[[Report], None] = lambda report: None, seconds: float | None = None) -> Report:
+    """Check, time, and compare with the target.
+
+    Args:
+        options: of `arguments`.
+        seen: given the report as it grows.
+        seconds: about so long for the rounds.
+    """
     report = Report(
         "heatmap", "Time of a heatmap alone", common.settings_of(options), common.environment(options.device),
         COLUMNS,
@@ -69,13 +75,21 @@ def run(options: argparse.Namespace) -> Report:
             if problem:
                 report.drop(f"{model}, fisnet_cuda", problem)
                 steps = {case: step for case, step in steps.items() if case not in OURS}
-            label = f"heatmap, {model}"
-            times = common.interleave(steps, options.rounds, options.warmup, options.device, label)
-        for case in steps:
-            report.add(
-                **setup.as_row(), case=case, ms=times.spread(case), over_forward=times.ratio(case, FORWARD),
-                all_ms=times.ms[case],
+
+            def tell(times: Times, partial: bool = True, setup: Setup = setup) -> None:
+                report.forget_partial()
+                for case in times.ms:
+                    report.add(
+                        **setup.as_row(), case=case, ms=times.spread(case), over_forward=times.ratio(case, FORWARD),
+                        all_ms=times.ms[case], partial=partial,
+                    )  # fmt: skip
+                seen(report)
+
+            share = None if seconds is None else seconds / len(options.models)
+            times = common.interleave(
+                steps, options.rounds, options.warmup, options.device, f"heatmap, {model}", share, seen=tell
             )  # fmt: skip
+            tell(times, partial=False)
         for case in OURS:
             ratio = times.ratio(case, FORWARD) if case in steps else None
             name = f"heatmap, {model}, {TEXTS[case]} over a plain forward".replace("\n", " ")

@@ -76,10 +76,11 @@ def run(options: argparse.Namespace) -> Report:
 
 
 def selected(options: argparse.Namespace) -> list[tuple[KernelCase, str]]:
-    """This worker's cases and dtypes."""
+    """This worker's cases and dtypes, the most valuable first."""
     share, shares = (int(n) for n in options.share.split("/"))
     cases = [case for case in all_cases() if not options.cases or any(name in case.name for name in options.cases)]
     pairs = [(case, dtype) for dtype in options.dtypes for case in cases]
+    pairs.sort(key=lambda pair: pair[0].rank + options.dtypes.index(pair[1]))
     return pairs[share - 1 :: shares]
 
 
@@ -251,6 +252,8 @@ def _prepared(options: argparse.Namespace, report: Report, turn: Turn) -> list[C
     """Those that are right, compiled where that works."""
     ready = []
     for case, dtype in selected(options):
+        if turn.known(case=case.name, dtype=dtype, sizes=asdict(_sized(options, case).sizes)):
+            continue
         contest = turn.attempt(
             f"{case.name}, {dtype}", lambda case=case, dtype=dtype: _checked(options, report, case, dtype)
         )
@@ -264,8 +267,12 @@ def _prepared(options: argparse.Namespace, report: Report, turn: Turn) -> list[C
     return ready
 
 
+def _sized(options: argparse.Namespace, case: KernelCase) -> KernelCase:
+    return shrink(case) if options.tiny else case
+
+
 def _checked(options: argparse.Namespace, report: Report, case: KernelCase, dtype: str) -> Contest | None:
-    contest = Contest(shrink(case) if options.tiny else case, dtype, options.device, options.compiler)
+    contest = Contest(_sized(options, case), dtype, options.device, options.compiler)
     if not contest.is_kernel:
         raise RuntimeError("there is no such kernel here; see fisnet_cuda.info()")
     try:
@@ -326,14 +333,14 @@ def _measure(options: argparse.Namespace, report: Report, turn: Turn, ready: lis
     for index, contest in enumerate(ready):
         left = turn.seconds - (time.perf_counter() - begin)
         if left <= 0:
-            report.note(f"not timed, the time was over: {', '.join(c.name for c in ready[index:])}")
+            for late in ready[index:]:
+                report.lack(late.name, "not timed, the time was over")
             break
         try:
             _row(options, report, clock, contest, left / (len(ready) - index))
         except Exception as error:
-            report.note(f"{contest.name}: not timed, {gpu_worker.brief(error)}")
-        if index % 4 == 3:
-            turn.save()
+            report.lack(contest.name, f"not timed, {gpu_worker.brief(error)}")
+        turn.save()
         row = report.rows[-1] if report.rows else {}
         if row.get("case") == contest.case.name and "ms" in row:
             turn.say(f"{contest.name}: {row['ms']['p50']:.3f} ms, {row['share']['p50']:.0%} of a copy's bandwidth")

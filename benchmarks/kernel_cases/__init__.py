@@ -55,6 +55,8 @@ class KernelCase:
         run: ``run(function, *args, **kwargs)`` in place of ``function(*args, **kwargs)``, where more than one call is timed.
         flops: ``flops(sizes)``, for products of linear maps: what they multiply and add, whose time on the tensor cores is a second
             floor. Theirs are rounded to TF32 in float32, every tile shape is timed, and torch.compile is left out.
+        rank: 0 for what a step of Selective or Stochastic ISNet spends its time in, 2 for rare settings: the last of these are
+            lost where time runs out.
     """
 
     name: str
@@ -65,6 +67,7 @@ class KernelCase:
     eager: Callable | None = None
     run: Callable | None = None
     flops: Callable[[Sizes], int] | None = None
+    rank: int = 1
 
 
 def nbytes(*tensors: Any) -> int:

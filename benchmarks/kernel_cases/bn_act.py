@@ -73,11 +73,11 @@ def _eager_backward(grads, mask, x, mean, rstd, weight, need_skip=False):
 
 
 CASES = [
-    KernelCase("bn_act/train", "bn_act", _forward, _forward_traffic, eager=_eager_forward),
-    KernelCase("bn_act/train skip", "bn_act", _forward_skip, _forward_traffic, eager=_eager_forward),
+    KernelCase("bn_act/train", "bn_act", _forward, _forward_traffic, eager=_eager_forward, rank=0),
+    KernelCase("bn_act/train skip", "bn_act", _forward_skip, _forward_traffic, eager=_eager_forward, rank=0),
     KernelCase("bn_act/eval", "bn_act", _forward_eval, read_and_written, eager=_eager_forward),
-    KernelCase("bn_act/train contiguous", "bn_act", _forward, _forward_traffic, Sizes(layout="contiguous"), _eager_forward),
-    KernelCase("bn_act backward/1", "bn_act_backward", _backward(1), _backward_traffic, eager=_eager_backward),
-    KernelCase("bn_act backward/3", "bn_act_backward", _backward(3), _backward_traffic, eager=_eager_backward),
+    KernelCase("bn_act/train contiguous", "bn_act", _forward, _forward_traffic, Sizes(layout="contiguous"), _eager_forward, rank=2),
+    KernelCase("bn_act backward/1", "bn_act_backward", _backward(1), _backward_traffic, eager=_eager_backward, rank=0),
+    KernelCase("bn_act backward/3", "bn_act_backward", _backward(3), _backward_traffic, eager=_eager_backward, rank=0),
     KernelCase("bn_act backward/2 skip", "bn_act_backward", _backward_skip, _backward_traffic, eager=_eager_backward),
 ]

@@ -21,6 +21,6 @@ def _backward(sizes, device, dtype):
 
 CASES = [
     KernelCase("dual_phi", "dual_phi", _forward, read_and_written),
-    KernelCase("dual_phi/contiguous", "dual_phi", _forward, read_and_written, Sizes(layout="contiguous")),
+    KernelCase("dual_phi/contiguous", "dual_phi", _forward, read_and_written, Sizes(layout="contiguous"), rank=2),
     KernelCase("dual_phi adjoint", "dual_phi_backward", _backward, read_and_written),
 ]

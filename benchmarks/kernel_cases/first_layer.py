@@ -47,8 +47,8 @@ def _forward_traffic(args, kwargs, outputs):
 _RESNET, _VGG = _stem(7, 2, 3), _stem(3, 1, 1)
 _AT_224 = Sizes(N=64, C=64, H=224, W=224)
 CASES = [
-    KernelCase("zb/resnet stem", "zb", _RESNET[0], _forward_traffic, _AT_224),
+    KernelCase("zb/resnet stem", "zb", _RESNET[0], _forward_traffic, _AT_224, rank=0),
     KernelCase("zb/vgg", "zb", _VGG[0], _forward_traffic, _AT_224),
-    KernelCase("zb backward/resnet stem", "zb_backward", _RESNET[1], read_and_written, _AT_224),
+    KernelCase("zb backward/resnet stem", "zb_backward", _RESNET[1], read_and_written, _AT_224, rank=0),
     KernelCase("zb backward/vgg", "zb_backward", _VGG[1], read_and_written, _AT_224),
 ]

@@ -57,8 +57,8 @@ def _dual(sizes, device, dtype):
 CASES = [
     KernelCase("eta_start", "eta_start", _eta, read_and_written, HEAD),
     KernelCase("eta_start/adjoint", "eta_start_backward", _eta_backward, read_and_written, HEAD),
-    KernelCase("plus_start", "plus_start", _plus, read_and_written, HEAD),
+    KernelCase("plus_start", "plus_start", _plus, read_and_written, HEAD, rank=2),
     KernelCase("pooled_phi", "pooled_phi", _pooled, read_and_written, HEAD),
     KernelCase("pooled_phi/adjoint", "pooled_phi_backward", _pooled_backward, _pooled_backward_traffic, HEAD),
-    KernelCase("pooled_dual_phi", "pooled_dual_phi", _dual, read_and_written, HEAD),
+    KernelCase("pooled_dual_phi", "pooled_dual_phi", _dual, read_and_written, HEAD, rank=2),
 ]

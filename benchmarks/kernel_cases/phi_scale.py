@@ -35,11 +35,11 @@ def _backward_scale(sizes, device, dtype):
 
 
 CASES = [
-    KernelCase("phi_scale", "phi_scale", _forward, read_and_written),
-    KernelCase("phi_scale/skip", "phi_scale", _forward_skip, read_and_written),
-    KernelCase("phi_scale/K3", "phi_scale", _forward, read_and_written, Sizes(N=16, K=3)),
+    KernelCase("phi_scale", "phi_scale", _forward, read_and_written, rank=0),
+    KernelCase("phi_scale/skip", "phi_scale", _forward_skip, read_and_written, rank=0),
+    KernelCase("phi_scale/K3", "phi_scale", _forward, read_and_written, Sizes(N=16, K=3), rank=2),
     KernelCase("phi_scale/scale", "phi_scale", _forward_scale, read_and_written),
-    KernelCase("phi_scale/contiguous", "phi_scale", _forward, read_and_written, Sizes(layout="contiguous")),
-    KernelCase("adjoint pair", "phi_scale_backward", _backward, read_and_written),
+    KernelCase("phi_scale/contiguous", "phi_scale", _forward, read_and_written, Sizes(layout="contiguous"), rank=2),
+    KernelCase("adjoint pair", "phi_scale_backward", _backward, read_and_written, rank=0),
     KernelCase("adjoint pair/scale", "phi_scale_backward", _backward_scale, read_and_written),
 ]

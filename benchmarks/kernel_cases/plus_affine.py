@@ -22,6 +22,6 @@ def _backward(sizes, device, dtype):
 
 
 CASES = [
-    KernelCase("plus_affine", "plus_affine", _forward, read_and_written, SIZES),
-    KernelCase("plus_affine adjoint", "plus_affine_backward", _backward, read_and_written, SIZES),
+    KernelCase("plus_affine", "plus_affine", _forward, read_and_written, SIZES, rank=2),
+    KernelCase("plus_affine adjoint", "plus_affine_backward", _backward, read_and_written, SIZES, rank=2),
 ]

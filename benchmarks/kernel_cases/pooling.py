@@ -100,7 +100,7 @@ _ADJOINT = (read_and_written, VGG_SIZES, _eager_scatter_phi_backward)
 CASES = [
     KernelCase("max_pool/stem", "max_pool", _forward(STEM), _forward_traffic, STEM_SIZES, _eager),
     KernelCase("max_pool/vgg", "max_pool", _forward(VGG), _forward_traffic, VGG_SIZES, _eager),
-    KernelCase("max_pool/vgg contiguous", "max_pool", _forward(VGG), _forward_traffic, _CONTIGUOUS, _eager),
+    KernelCase("max_pool/vgg contiguous", "max_pool", _forward(VGG), _forward_traffic, _CONTIGUOUS, _eager, rank=2),
     KernelCase("max_pool_scatter/stem", "max_pool_scatter", _scatter(STEM), read_and_written, STEM_SIZES, _eager_scatter),
     KernelCase("max_pool_scatter/vgg", "max_pool_scatter", _scatter(VGG), read_and_written, VGG_SIZES, _eager_scatter),
     KernelCase("max_pool_gather/stem", "max_pool_gather", _gather(STEM), read_and_written, STEM_SIZES, _eager_gather),

@@ -25,6 +25,7 @@ STRIDED = Layer(256, 256, 3, 2, 1, 28)
 VGG = Layer(512, 512, 3, padding=1, size=14)
 DENSENET = Layer(512, 128, 1, size=28)
 HEAD = Layer(2048, 1000, 0)
+MAIN = ("linear_act", "transposed_phi", "fprop_adjoint")  # in every layer of every variant but Dual
 
 
 def _out_channels(layer: Layer, sizes: Sizes) -> int:
@@ -123,6 +124,7 @@ def _case(kernel: str, setting: str, layer: Layer, make: Callable[[Operands], tu
     return KernelCase(
         f"{kernel}{setting}/{net} {layer}", kernel, lambda sizes, device, dtype: make(Operands(layer, sizes, device, dtype)),
         read_and_written, Sizes(C=layer.c_in, H=side, W=side), getattr(library, kernel), flops=flops,
+        rank=0 if net == "resnet" and layer.kernel and kernel in MAIN else 1,
     )  # fmt: skip
 
 

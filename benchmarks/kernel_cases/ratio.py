@@ -17,7 +17,7 @@ def _backward(sizes, device, dtype):
 
 
 CASES = [
-    KernelCase("ratio", "ratio", _forward, read_and_written),
-    KernelCase("ratio/K3", "ratio", _forward, read_and_written, Sizes(N=16, K=3)),
-    KernelCase("ratio adjoint", "ratio_backward", _backward, read_and_written),
+    KernelCase("ratio", "ratio", _forward, read_and_written, rank=2),
+    KernelCase("ratio/K3", "ratio", _forward, read_and_written, Sizes(N=16, K=3), rank=2),
+    KernelCase("ratio adjoint", "ratio_backward", _backward, read_and_written, rank=2),
 ]
