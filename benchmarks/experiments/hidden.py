@@ -175,6 +175,8 @@ def jobs(run: Run, net: str = "convnet") -> list[Row]:
         add("mnist", "resnet18_slim", "standard", 1, slim, RELATIVE)
         add("mnist", "resnet18_slim", "selective", 2, slim, ABSOLUTE, RELATIVE)
         add("mnist", "resnet18_slim", "stochastic", 2, slim, ABSOLUTE, RELATIVE)
+        add("mnist", "resnet18_slim", "contrast", 1, slim, RELATIVE)
+        add("mnist", "resnet18_slim", "contrast", 1, slim, RELATIVE, w1=10.0)
         return found
     steps, longer, short = run.pick(4, 1500, 12_000), run.pick(6, 4000, 36_000), run.pick(4, 400, 12_000)
     add("small", "convnet3", "selective", 1, longer, ABSOLUTE, RELATIVE)
