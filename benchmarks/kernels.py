@@ -419,9 +419,11 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    options = arguments().parse_args(argv)
+    p = arguments()
+    if p.parse_args(argv).quick:  # what is asked for by name still holds
+        p.set_defaults(tiny=True, rounds=3, least_rounds=3, warmup=1)
+    options = p.parse_args(argv)
     if options.quick:
-        options.tiny, options.rounds, options.least_rounds, options.warmup = True, 3, 3, 1
         options.compiler = "eager" if options.compiler == "inductor" else options.compiler
     common.prepare(options)
     return gpu_worker.finish(run(options), options)

@@ -360,7 +360,7 @@ time.sleep(600)
 @pytest.mark.skipif(bool(needs()), reason=needs() or "the kernels run emulated")
 def test_a_run_that_is_killed_has_what_is_finished_and_is_taken_up(tmp_path):
     """SIGKILL in the middle of a dry run: no handler can help. What was told is in the file, and is not done again."""
-    often = "--rounds 1500 --least-rounds 1500"
+    often = "--rounds 20000 --least-rounds 20000"  # seconds a case: the file is written once a second
     arguments = ["--minutes", "30", "--only", "kernels", f"--kernel-args=--cases pair ratio --compiler none {often}"]
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--out", str(tmp_path), *arguments]
     done: dict[str, list] = {}
