@@ -177,7 +177,9 @@ def jobs(run: Run, net: str = "convnet") -> list[Row]:
         add("mnist", "resnet18_slim", "selective", 2, slim, ABSOLUTE, RELATIVE)
         add("mnist", "resnet18_slim", "stochastic", 2, slim, ABSOLUTE, RELATIVE)
         add("mnist", "resnet18_slim", "contrast", 1, slim, RELATIVE)
-        add("mnist", "resnet18_slim", "contrast", 1, slim, RELATIVE, w1=10.0)
+        add("mnist", "resnet18_slim", "contrast", run.seeds, slim, RELATIVE, w1=10.0)
+        add("mnist", "resnet18_slim", "stochastic", 1, slim, RELATIVE, w1=10.0)
+        add("mnist", "resnet18_slim", "selective", 1, slim, RELATIVE, w1=10.0)
         for system in SWAPPED:  # what asks the logits in training
             add("mnist", "resnet18_slim", system, 1, slim, RELATIVE, strength=0.5)
         return found
@@ -199,6 +201,8 @@ def jobs(run: Run, net: str = "convnet") -> list[Row]:
     # a heavier background loss
     add("small", "convnet3_bn", "stochastic", 1, steps, RELATIVE, lr=0.02, w1=10.0)
     add("small", "convnet3_bn", "selective", 1, steps, RELATIVE, lr=0.02, w1=10.0)
+    add("small", "convnet3_bn", "contrast", 1, steps, RELATIVE, lr=0.02, w1=10.0)
+    add("small", "convnet3", "contrast", 1, steps, RELATIVE, w1=10.0)
     add("digits", "convnet3", "selective", 2, steps, ABSOLUTE, RELATIVE)
     # why: another class, an eta that does not saturate, no epsilon at the first layer
     add("small", "convnet3", "selective", 1, steps, ABSOLUTE, select="random")
