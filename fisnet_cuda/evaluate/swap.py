@@ -388,8 +388,8 @@ def _advice(share: float, variant: str, trained: bool) -> str:
     others = [name for name in ("stochastic", "contrast", "original") if name != variant]
     return (
         f" The heatmap is quiet ({100 * share:.1f} % of its relevance in the background) but the classifier is not clean: below "
-        "epsilon, relevance vanishes and the effect does not. Train with --preset steady (an epsilon that is small and relative); if "
-        f"that was so, with another variant ({', '.join(others)}){swap}."
+        "epsilon, and in units that the background switches off, relevance vanishes and the effect does not. Train with --preset "
+        f"steady; if that was so, raise --model.w1, or take another variant ({', '.join(others)}){swap}."
     )
 
 
