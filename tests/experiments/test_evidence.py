@@ -22,7 +22,7 @@ NAMES = {
     "segmentation net, then classifier": "segmented", "rrr, input gradients": "rrr",
     "right for the right reasons (input gradients)": "rrr", "grad-cam attention loss": "gradcam", "hirescam attention loss": "hirescam",
     "backgrounds swapped in training": "mixed", "backgrounds swapped at random in training": "mixed",
-    "stochastic isnet + backgrounds swapped": "stochastic_mixed",
+    "stochastic isnet + backgrounds swapped": "stochastic_mixed", "stochastic + backgrounds swapped": "stochastic_mixed",
 }  # fmt: skip
 CONTROLS = {"control: lungs blacked out": "background", "control: the lungs' outline only": "outline",
             "control: trained without the shortcut": "fair"}  # fmt: skip
@@ -108,7 +108,7 @@ def test_scenes():
 
 
 NETS = {"small": ("small", "convnet3"), "with BatchNorm": ("small", "convnet3_bn"), "slim ResNet-18": ("mnist", "resnet18_slim")}
-TRAINING = re.compile(r"(?P<system>[\w ]+?)(?:, (?P<eps>0\.01|1e-4 relative)(?:, w1 (?P<w1>\d+))?(?:, rate (?P<rate>[\d.]+))?)?")
+TRAINING = re.compile(r"(?P<system>[\w +]+?)(?:, (?P<eps>0\.01|1e-4 relative)(?:, w1 (?P<w1>\d+))?(?:, rate (?P<rate>[\d.]+))?)?")
 
 
 def test_hidden():
