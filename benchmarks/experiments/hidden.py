@@ -402,7 +402,8 @@ NETS = {"convnet3": "net", "convnet3_bn": "net with BN", "convnet": "net", "resn
 
 def epsilon_title(row: Row) -> str:
     """How a row's epsilon reads."""
-    return f"{row['eps']:g}" + (" rms" if row["relative"] else "")
+    text = f"{row['eps']:g}" if row["eps"] >= 1e-2 else f"{row['eps']:.0e}".replace("e-0", "e-")
+    return text + (" rms" if row["relative"] else "")
 
 
 def net_title(row: Row) -> str:
@@ -476,7 +477,7 @@ def draw_courses(rows: Sequence[Row], path: Path) -> Path:
             for training in by(group, "seed").values():
                 points = [(r["step"], r[name]) for r in training if r.get(name) is not None]
                 ax.plot(*zip(*points), style, color=colour, linewidth=1.6, marker=".", markersize=4) if points else None
-        ax.set_title(f"{net_title(group[0])}, {group[0]['steps']:,} steps\n{title(group)}", fontsize=9)
+        ax.set_title(f"{net_title(group[0])}, {group[0]['steps']:,} steps\n{textwrap.fill(title(group), 38)}", fontsize=8.5)
         ax.set_ylim(-4, 104)
         _clean(ax)
     for ax in axes.flat[len(groups) :]:
@@ -545,7 +546,7 @@ def draw_layers(rows: Sequence[Row], path: Path) -> Path:
                 ax.bar(i + (j - 1) * 0.26, sum(numbers) / max(len(numbers), 1), 0.25, color=colour)
                 ax.plot([i + (j - 1) * 0.26] * len(numbers), numbers, ".", color="black", markersize=3)
         ax.set_xticks(range(len(parts)), [p[0]["name"] for p in parts], fontsize=7, rotation=90 if len(parts) > 4 else 0)
-        ax.set_title(f"{net_title(group[0])}, {title(group)},\n{group[0]['steps']:,} steps", fontsize=8)
+        ax.set_title(f"{net_title(group[0])}, {group[0]['steps']:,} steps\n{textwrap.fill(title(group), 48)}", fontsize=8)
         _clean(ax)
     for ax in axes.flat[len(wanted) :]:
         ax.set_visible(False)
