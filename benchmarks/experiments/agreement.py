@@ -48,6 +48,7 @@ __all__ = ["ranks", "spearman", "top_shared"]
 FASTER = ("selective", "stochastic", "dual", "contrast")
 DRAWN = ("stochastic", "contrast")
 WATCHED = ("standard", "original", "stochastic")  # the weights of question a
+LEAST_RATIO = 0.1  # of two background losses that a figure shows: a saturated eta makes one of 1e-12
 OTHER_SEED = 1000  # what the second Original's seed is more
 
 
@@ -337,8 +338,13 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     grid = figure.subplots(4, 4, height_ratios=(1, 1, 1, 0.38))
     for column, name in enumerate(WATCHED):
         part = [row for row in a if row["net_trained"] == name]
-        for ax, measure in zip(grid[:3, column], ("spearman", "top5", "loss_ratio")):
+        for ax, measure in zip(grid[:2, column], ("spearman", "top5")):
             _lines(ax, part, "map", maps, measure)
+        _lines(grid[2, column], [{**row, "loss_ratio": max(row["loss_ratio"], LEAST_RATIO)} for row in part], "map", maps, "loss_ratio")
+        below = {row["map"]: None for row in part if row["loss_ratio"] < LEAST_RATIO}
+        if below:
+            grid[2, column].text(0.5, 0.03, f"below {LEAST_RATIO:g}, off the scale: {', '.join(below)}", ha="center", va="bottom",
+                                 fontsize=8.5, transform=grid[2, column].transAxes)  # fmt: skip
         grid[0, column].set_title(f"same weights: {TEXTS[name]}", fontsize=10.5, fontweight="bold")
         grid[2, column].axhline(1, color="black", lw=1)
         grid[2, column].set_yscale("log")
@@ -357,6 +363,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
         ax.set_ylim(0, 102)
         ax.axhline(5, color="black", lw=0.8, ls=(0, (2, 3)))
     low, high = (f(ax.get_ylim()[i] for ax in grid[2, : len(WATCHED)]) for i, f in ((0, min), (1, max)))
+    low /= 1.3  # room for the text
     steps = (1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 5, 7)
     ticks = [m * 10.0**e for e in range(-6, 4) for m in steps if low <= m * 10.0**e <= high]
     for ax in grid[2, : len(WATCHED)]:

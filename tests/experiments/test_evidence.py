@@ -139,3 +139,17 @@ def test_inference():
     for net in ("convnet", "resnet18", "densenet121"):
         row = rows[net]
         assert f"{row['ratio_p50']:.2f} ({row['ratio_p20']:.2f}-{row['ratio_p80']:.2f})" in text, net
+
+
+def test_agreement():
+    rows = [row for row in read_rows(RESULTS / "agreement.csv") if row["question"] == "same weights" and row["reference"] == "mean"]
+    last = [row for row in rows if row["epoch"] == max(row["epoch"] for row in rows)]
+    (cells,) = tables(ROOT / "docs" / "evidence.md", r"Do the Faster variants look at what the Original looks at\?")
+    for name, *texts in cells[2:]:
+        mine = [row for row in last if row["map"] == name.lower().removesuffix(", one draw")]
+        columns = [(column, net) for column in ("spearman", "loss_ratio") for net in ("standard", "original", "stochastic")]
+        for (column, net), text in zip(columns, texts, strict=True):
+            found = numbers([row for row in mine if row["net_trained"] == net], column)
+            agrees(text, found, f"{name}, {net}, {column}", 0.0051)
+    blind = [r["loss_ratio"] for r in rows if (r["map"], r["net_trained"]) == ("selective", "standard") and r["epoch"]]
+    assert max(blind) < 1e-6
