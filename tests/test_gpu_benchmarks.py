@@ -681,9 +681,9 @@ class TestSteps:
     def test_deciding_is_no_part_of_a_timed_step(self, monkeypatch, tmp_path):
         timer, timed = Counting(), []
 
-        def interleave(steps, *arguments):
+        def interleave(steps, *arguments, **options):
             before = timer.rounds
-            times = right(steps, *arguments)
+            times = right(steps, *arguments, **options)
             timed.append((before, timer.rounds))
             return times
 
