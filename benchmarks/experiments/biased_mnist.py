@@ -152,28 +152,34 @@ def one(job: Row, given: Row) -> Row:
 STYLES = {"accuracy_biased": ("#6B6B6B", "o"), "accuracy_unbiased": ("#0072B2", "s"), "accuracy_confounded": ("#D55E00", "D")}
 
 
-GROUP = ("system", "deep", "steps")  # a line of the table
+def usual_steps(rows: Sequence[Row]) -> int:
+    """The steps of most trainings."""
+    return mode(row["steps"] for row in rows)
 
 
-def groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Title and rows of each system; where a system was trained with other steps than most, the longer one stands after it."""
-    usual = mode(row["steps"] for row in rows)
-    found = sorted(by(rows, *GROUP).values(), key=lambda g: SYSTEMS.index((g[0]["system"], g[0]["deep"])))
-    longer = {steps: "" if steps == usual else f", {steps:,} steps" for steps in {row["steps"] for row in rows}}
-    return [(Setting(g[0]["system"], deep=g[0]["deep"]).title + longer[g[0]["steps"]], g) for g in found]
+def title(group: Sequence[Row], usual: int) -> str:
+    """What a table calls a group's system; where its steps are not the usual ones they are told."""
+    row = group[0]
+    return Setting(row["system"], deep=row["deep"]).title + ("" if row["steps"] == usual else f", {row['steps']:,} steps")
+
+
+def groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each line of the table, in the order of `SYSTEMS`."""
+    return sorted(by(rows, "system", "deep", "steps").values(), key=lambda g: SYSTEMS.index((g[0]["system"], g[0]["deep"])))
 
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
     """Accuracy of every seed on the three test sets, and the background share."""
     names = {name: name.removeprefix("accuracy_") for name in STYLES}
     xlabel = "accuracy, %\n(all three far right, together: the net reads the digit)"
-    return draw_sets(path, groups(rows), STYLES, names, xlabel, "digit")
+    usual = usual_steps(rows)
+    return draw_sets(path, [(title(g, usual), g) for g in groups(rows)], STYLES, names, xlabel, "digit")
 
 
 def notes(rows: Sequence[Row], scale: str) -> list[str]:
     """What a reader of the page must know."""
     train, test = DATA[scale]
-    steps, batch = mode(row["steps"] for row in rows), rows[0]["batch"]
+    steps, batch = usual_steps(rows), rows[0]["batch"]
     tuned = {row["system"]: row["strength"] for row in rows if row["system"] in ("rrr", "gradcam", "hirescam")}
     weights = ", ".join(f"{TITLES[name]} {strength:g}" for name, strength in tuned.items())
     return [
@@ -220,15 +226,15 @@ def main(arguments: list[str] | None = None) -> int:
         row = times.get((group[0]["system"], group[0]["deep"]))
         return f"{row['epoch_seconds']:.1f} s, {row['ratio']:.1f}x" if row else "-"
 
-    titles = {tuple(g[0][key] for key in GROUP): text for text, g in groups(rows)}
+    usual = usual_steps(rows)
     columns = {
-        "system": lambda g: titles[tuple(g[0][key] for key in GROUP)],
+        "system": lambda g: title(g, usual),
         **{marks: lambda g, m=marks: mean_spread(g, f"accuracy_{m}") for marks in MARKS},
         "background share": lambda g: mean_spread(g, "share"),
         "swap gap": lambda g: mean_spread(g, "swap_gap"),
         "time per epoch": epoch,
     }
-    body = table(columns, [g for _, g in groups(rows)])
+    body = table(columns, groups(rows))
     command, told = run.command("biased_mnist", "--data mnist.npz"), [*notes(rows, run.scale), *unfinished(rows, jobs)]
     page = write_page(path.with_suffix(".md"), "Biased MNIST: which systems read the digit?", command, rows, body, told)
     draw(rows, path.with_suffix(".png"))
