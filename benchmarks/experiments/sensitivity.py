@@ -96,8 +96,8 @@ GRIDS = {
     ),
     "w": Grid(
         "w1 : w2", {"1:0": {"w1": 1.0, "w2": 0.0}, "1:1": {"w1": 1.0, "w2": 1.0}, "1:3": {}, "1:10": {"w1": 1.0, "w2": 10.0},
-                    "3:3": {"w1": 3.0, "w2": 3.0}},
-        {"stochastic": ("1:0", "1:10"), "selective": ("1:0",)}, ordered=False,
+                    "3:3": {"w1": 3.0, "w2": 3.0}, "10:3": {"w1": 10.0, "w2": 3.0}},
+        {"stochastic": ("1:0", "1:10", "10:3"), "selective": ("1:0", "10:3"), "contrast": ("10:3",)}, ordered=False,
     ),
 }  # fmt: skip
 SYSTEMS = ("stochastic", "selective", "contrast")
