@@ -1,9 +1,9 @@
-"""What the ISNets are compared with: six other ways to use masks of the foreground, written from their papers, and one together with
-an ISNet.
+"""What the ISNets are compared with: six other ways to use masks of the foreground, written from their papers, and one of them
+together with an ISNet.
 
-``masked`` and ``segmented`` hide the background from the classifier, ``mixed`` gives it backgrounds of other images, and so does
-``stochastic_mixed`` to a Stochastic ISNet; ``rrr``, ``gradcam`` and ``hirescam`` add a loss on an explanation to the cross entropy,
-weighted by `Setting.strength`. Only ``masked`` needs masks at test.
+``masked`` and ``segmented`` hide the background from the classifier, ``mixed`` gives it backgrounds of other images, and so do
+``stochastic_mixed`` and ``contrast_mixed`` to an ISNet; ``rrr``, ``gradcam`` and ``hirescam`` add a loss on an explanation to the
+cross entropy, weighted by `Setting.strength`. Only ``masked`` needs masks at test.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .systems import ISNetSystem, Setting, Stage, System, system
 from .tasks import Images, Task
 
 __all__ = [
-    "RRR", "GradCAM", "HiResCAM", "Masked", "Mixed", "Segmented", "StochasticMixed", "UNet", "background_part", "dice", "grad_cam",
-    "input_gradient_penalty",
+    "RRR", "ContrastMixed", "GradCAM", "HiResCAM", "Masked", "Mixed", "Segmented", "StochasticMixed", "UNet", "background_part", "dice",
+    "grad_cam", "input_gradient_penalty",
 ]  # fmt: skip
 
 EPS = 1e-8  # of sums that are divided by; a Grad-CAM is of the order of a logit
@@ -82,17 +82,28 @@ class Mixed(Swapping):
     """
 
 
-@system("stochastic_mixed")
-class StochasticMixed(Swapping, ISNetSystem):
-    """A Stochastic ISNet that learns from images some of which stand on another one's background, as `Mixed` does: both at once.
+class MixedISNet(Swapping, ISNetSystem):
+    """An ISNet that learns from images some of which stand on another one's background, as `Mixed` does: both at once.
 
     The heatmap loss sees the masks of the pasted objects. As for `Mixed`, the swap gap is no independent witness.
     """
 
-    variant = "stochastic"
-
     def classifier_loss(self, batch: Images) -> tuple[Tensor, Mapping[str, Tensor]]:
         return super().classifier_loss(self.swapped(batch))
+
+
+@system("stochastic_mixed")
+class StochasticMixed(MixedISNet):
+    """A Stochastic ISNet with backgrounds swapped in training."""
+
+    variant = "stochastic"
+
+
+@system("contrast_mixed")
+class ContrastMixed(MixedISNet):
+    """A Contrast ISNet with backgrounds swapped in training."""
+
+    variant = "contrast"
 
 
 @system("segmented")

@@ -221,9 +221,10 @@ QUIET = {"P": 0.8, "w1": 1.0, "w2": 3.0}
 HEATMAPS = {
     "original": QUIET, "stochastic": {**QUIET, "P": 0.7}, "selective": {"P": 0.7, "w1": 1.0, "w2": 0.1}, "dual": QUIET,
     "contrast": {**QUIET, "P": 0.7},
-    "stochastic_mixed": {**QUIET, "P": 0.7},  # as for Stochastic, and as for "mixed": nothing was chosen for the two together
+    # as for the variants, and as for "mixed": nothing was chosen for the two together
+    "stochastic_mixed": {**QUIET, "P": 0.7}, "contrast_mixed": {**QUIET, "P": 0.7},
 }  # fmt: skip
-STRENGTHS = {"rrr": 100.0, "gradcam": 0.1, "hirescam": 100.0, "mixed": 0.5, "stochastic_mixed": 0.5}
+STRENGTHS = {"rrr": 100.0, "gradcam": 0.1, "hirescam": 100.0, "mixed": 0.5, "stochastic_mixed": 0.5, "contrast_mixed": 0.5}
 TUNED_ON = 100  # a seed of which nothing is reported
 TRIED = {  # as many values for each system that has a weight to choose
     **{name: [{"P": 0.7}, {"P": 0.8}, {"P": 0.9}, {"P": 0.8, "w2": 0.1}] for name in ("original", "stochastic", "contrast")},
@@ -231,7 +232,7 @@ TRIED = {  # as many values for each system that has a weight to choose
     "dual": [{"P": 0.8}, {"P": 0.9, "w1": 5.0}, {"P": 0.8, "w2": 0.1}, {"P": 0.9, "w2": 0.1}],
     **{name: [{"strength": value} for value in (0.1, 1.0, 10.0, 100.0)] for name in ("rrr", "gradcam", "hirescam")},
 }
-BASELINES = ("masked", "segmented", "mixed", "stochastic_mixed", "rrr", "gradcam", "hirescam")
+BASELINES = ("masked", "segmented", "mixed", "stochastic_mixed", "contrast_mixed", "rrr", "gradcam", "hirescam")
 NAMES = ("standard", *ISNETS, *BASELINES)
 
 
@@ -318,7 +319,7 @@ NOTES = (
     "a system blanks count as 0. Swap gap: on validation images, of which there are few dozens: a step of about two points. Where "
     "backgrounds are swapped in training it asks what was trained, and is no independent witness.",
     f"Where backgrounds are swapped in training, each image's is with probability {STRENGTHS['mixed']:g}; that was not tuned, and "
-    "nothing was for the two ways together: weights are those of the Stochastic ISNet.",
+    "nothing was for the two ways together: weights are those of the ISNet alone.",
     "AUC within a hospital: normal against tuberculous lungs of one hospital, mean of the two; the hospital is no help there, and 50 "
     "means that the disease was not learned.",
 )

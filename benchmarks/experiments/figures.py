@@ -20,7 +20,7 @@ __all__ = ["COLOURS", "dots", "draw_sets", "save"]
 COLOURS = {
     "standard": GREY, "original": VERMILION, "selective": ORANGE, "stochastic": BLUE, "dual": GREEN, "contrast": PURPLE,
     "masked": "#A8A8A8", "segmented": "#A8A8A8", "rrr": SKY, "gradcam": SKY, "hirescam": SKY, "mixed": "#A8A8A8",
-    "stochastic_mixed": BLUE,
+    "stochastic_mixed": BLUE, "contrast_mixed": PURPLE,
 }  # fmt: skip
 
 

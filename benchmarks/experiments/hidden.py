@@ -52,7 +52,7 @@ from .tables import by, mean_spread, table, values, write_page
 from .tasks import Images, Task
 
 LOST = 10.0  # points between biased and confounded accuracy from which a net has lost its hold
-SWAPPED = ("mixed", "stochastic_mixed")  # systems trained with swapped backgrounds
+SWAPPED = ("mixed", "stochastic_mixed", "contrast_mixed")  # systems trained with swapped backgrounds
 LEARNT = 50.0  # % of accuracy on biased images below which a net is not judged yet
 FINE = fc.rules.Epsilon(1e-7, relative=True)
 FINE_BOX = 1e-7

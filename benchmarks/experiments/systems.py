@@ -88,6 +88,7 @@ TITLES = {
     "segmented": "segmentation net, then classifier", "rrr": "RRR (input gradients)", "gradcam": "Grad-CAM attention loss",
     "hirescam": "HiResCAM attention loss",
     "mixed": "backgrounds swapped in training", "stochastic_mixed": "Stochastic ISNet + backgrounds swapped",
+    "contrast_mixed": "Contrast ISNet (ours) + backgrounds swapped",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib")
 import benchmarks
 from benchmarks.experiments.baselines import (
     RRR,
+    ContrastMixed,
     GradCAM,
     HiResCAM,
     Masked,
@@ -35,7 +36,7 @@ from benchmarks.experiments.tasks import Images, Task
 
 BASELINES = {
     "masked": Masked, "segmented": Segmented, "rrr": RRR, "gradcam": GradCAM, "hirescam": HiResCAM, "mixed": Mixed,
-    "stochastic_mixed": StochasticMixed,
+    "stochastic_mixed": StochasticMixed, "contrast_mixed": ContrastMixed,
 }  # fmt: skip
 SMALL_NETS = ("convnet", "convnet_bn", "poolnet", "small")
 SIZE = 24
@@ -102,9 +103,9 @@ class TestTraining:
         trained = fit(setting(name, steps=steps), task).system.model
         assert all((a != b).any() for a, b in zip(start, trained.parameters()))
 
-    @pytest.mark.parametrize("name", ["rrr", "gradcam", "hirescam", "mixed", "stochastic_mixed"])
-    def test_strength_0_is_the_standard_net(self, task, name):
-        pair = ("stochastic" if name == "stochastic_mixed" else "standard", name)
+    @pytest.mark.parametrize("name", ["rrr", "gradcam", "hirescam", "mixed", "stochastic_mixed", "contrast_mixed"])
+    def test_strength_0_is_the_net_that_it_is_mixed_into(self, task, name):
+        pair = (name.removesuffix("_mixed") if "_" in name else "standard", name)
         plain, other = (fit(setting(s, "convnet_bn", strength=0.0), task).system.model.state_dict() for s in pair)
         for key, value in plain.items():
             torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-6)
@@ -128,11 +129,12 @@ class TestMixed:
         assert changed.sum() >= 12, "but for those that the permutation leaves in their places"
 
 
-class TestStochasticMixed:
-    def test_it_is_a_stochastic_isnet_that_sees_the_composites_of_mixed(self, task, monkeypatch):
-        system, other = (build(setting(name, strength=0.5, seed=3), task) for name in ("stochastic_mixed", "mixed"))
-        assert system.net.variant == "stochastic"
-        assert system.setting.title == "Stochastic ISNet + backgrounds swapped"
+@pytest.mark.parametrize(("variant", "title"), [("stochastic", "Stochastic ISNet"), ("contrast", "Contrast ISNet (ours)")])
+class TestMixedISNet:
+    def test_it_is_an_isnet_that_sees_the_composites_of_mixed(self, task, monkeypatch, variant, title):
+        system, other = (build(setting(name, strength=0.5, seed=3), task) for name in (f"{variant}_mixed", "mixed"))
+        assert system.net.variant == variant
+        assert system.setting.title == f"{title} + backgrounds swapped"
         seen, masks = [], []
         forward, heatmap_loss = system.net.forward, system.heatmap_loss
         monkeypatch.setattr(system.net, "forward", lambda x, **kw: seen.append(x) or forward(x, **kw))
@@ -144,8 +146,8 @@ class TestStochasticMixed:
         assert torch.equal(masks[0], batch.masks)
         assert parts["heatmap"] > 0
 
-    def test_the_classifier_alone_sees_them_too(self, task, monkeypatch):
-        system = build(setting("stochastic_mixed", strength=1.0, tune=1), task)
+    def test_the_classifier_alone_sees_them_too(self, task, variant, title):
+        system = build(setting(f"{variant}_mixed", strength=1.0, tune=1), task)
         before, other = system.stages()[0], build(setting("mixed", strength=1.0), task)
         assert before.name == "classifier alone"
         batch = task.train[slice(0, 16)].floats()

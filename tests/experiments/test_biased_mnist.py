@@ -99,10 +99,10 @@ class TestLoad:
 class TestSettings:
     def test_all_systems_share_everything_but_what_their_loss_does(self):
         found = settings(parse(parser(""), [])[1])
-        assert len(found) == 51 + 3
-        alike, longer = (lambda s: (s.net, s.batch, s.lr, s.momentum, s.eps, s.relative, s.P, s.d)), found[51:]
+        assert len(found) == 54 + 3
+        alike, longer = (lambda s: (s.net, s.batch, s.lr, s.momentum, s.eps, s.relative, s.P, s.d)), found[54:]
         assert len({alike(s) for s in found}) == 1
-        assert {s.steps for s in found[:51]} == {2500}
+        assert {s.steps for s in found[:54]} == {2500}
         assert [(s.system, s.deep, s.steps, s.seed) for s in longer] == [("selective", False, 5000, seed) for seed in range(3)]
         assert [s.seed for s in found if (s.system, s.deep) == ("original", False)] == [0, 1], "costly: two seeds"
         assert [s.seed for s in found if (s.system, s.deep) == ("original", True)] == [0], "costlier"
@@ -130,7 +130,7 @@ def test_quick_run_of_two_systems(data, tmp_path, capsys):
     assert "`python -m benchmarks.experiments.biased_mnist --data mnist.npz --quick --seeds 1`" in page
     assert "background share | swap gap" in page
     assert "Weights of the attention losses: RRR (input gradients) 0.1; four values" in page
-    assert "Not finished: 17 of 19 trainings are missing." in page
+    assert "Not finished: 18 of 20 trainings are missing." in page
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     # a second run trains nothing, and rows of other settings are not drawn
     write_rows(path, [*rows, {**rows[0], "steps": 5}])
