@@ -111,7 +111,8 @@ class ISNetLoss(torch.nn.Module):
     Args:
         P: weight of the heatmap loss in [0, 1]; or a schedule ``{epoch: P}``, each P holding from its epoch
             on, that names epoch 0 and is advanced by `set_epoch`.
-        d: decay of the background loss's GWRP over pixels, in [0, 1]; 0 = maximum, 1 = mean.
+        d: decay of the background loss's GWRP over pixels, in [0, 1]; 0 = maximum, 1 = mean; in between, about the mean of the
+            1 / (1 - d) largest pixels. Where those outnumber a mark's pixels by far, the mark counts for little.
         E: > 0; a background of E times the foreground's mean relevance has the activation 1/2.
         w1: weight of the background loss, >= 0.
         w2: weight of the foreground loss, >= 0.

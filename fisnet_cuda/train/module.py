@@ -66,7 +66,8 @@ class ISNetModule(pl.LightningModule):
             ``{"rule": "gamma", "gamma": 0.25}`` or a name alone.
         supervise: names of layers whose inner maps are supervised, too.
         P: weight of the heatmap loss in [0, 1], or ``{epoch: P}`` that names epoch 0.
-        d: decay of the background loss's GWRP over pixels, in [0, 1]; 0 = maximum, 1 = mean. Larger is steadier.
+        d: decay of the background loss's GWRP over pixels, in [0, 1]; 0 = maximum, 1 = mean; about the mean of the 1 / (1 - d) worst
+            pixels. Larger is steadier, and sees a small mark less.
         E: a background of E times the foreground's mean relevance has the activation 1/2.
         w1: weight of the background loss.
         w2: weight of the foreground loss.

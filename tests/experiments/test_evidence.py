@@ -23,6 +23,7 @@ NAMES = {
     "right for the right reasons (input gradients)": "rrr", "grad-cam attention loss": "gradcam", "hirescam attention loss": "hirescam",
     "backgrounds swapped in training": "mixed", "backgrounds swapped at random in training": "mixed",
     "stochastic isnet + backgrounds swapped": "stochastic_mixed", "stochastic + backgrounds swapped": "stochastic_mixed",
+    "contrast isnet (ours) + backgrounds swapped": "contrast_mixed", "contrast + backgrounds swapped": "contrast_mixed",
 }  # fmt: skip
 CONTROLS = {"control: lungs blacked out": "background", "control: the lungs' outline only": "outline",
             "control: trained without the shortcut": "fair"}  # fmt: skip
@@ -107,8 +108,14 @@ def test_scenes():
         assert steps == f"{round(fmean(first)):,} to {round(fmean(last)):,}", name
 
 
-NETS = {"small": ("small", "convnet3"), "with BatchNorm": ("small", "convnet3_bn"), "slim ResNet-18": ("mnist", "resnet18_slim")}
-TRAINING = re.compile(r"(?P<system>[\w +]+?)(?:, (?P<eps>0\.01|1e-4 relative)(?:, w1 (?P<w1>\d+))?(?:, rate (?P<rate>[\d.]+))?)?")
+NETS = {  # -> task, net, steps where a line does not say
+    "small": ("small", "convnet3", 1500), "with BatchNorm": ("small", "convnet3_bn", 1500),
+    "slim ResNet-18": ("mnist", "resnet18_slim", 2500), "ResNet-18": ("mnist", "resnet18", 800),
+}  # fmt: skip
+TRAINING = re.compile(
+    r"(?P<system>[\w +]+?)(?:, (?P<eps>0\.01|1e-4 relative)(?:, w1 (?P<w1>\d+))?(?:, rate (?P<rate>[\d.]+))?)?"
+    r"(?:, (?P<steps>[\d,]+) steps)?"
+)
 
 
 def test_hidden():
@@ -116,9 +123,9 @@ def test_hidden():
     (cells,) = tables(ROOT / "docs" / "evidence.md", r"Does a quiet heatmap mean a clean classifier\?")
     assert len(cells) > 15
     for net, training, seeds, *texts in cells[2:]:
-        said, (task, name) = TRAINING.fullmatch(training), NETS[net]
+        said, (task, name, usual) = TRAINING.fullmatch(training), NETS[net]
         assert said, training
-        steps = 2500 if net == "slim ResNet-18" else 1500
+        steps = int(said["steps"].replace(",", "")) if said["steps"] else usual
         mine = [
             row for row in rows
             if (row["task"], row["net"], row["steps"], row["step"]) == (task, name, steps, steps)
