@@ -11,8 +11,8 @@ recommended value, or has no order, the safe values are listed. A value that was
 
     python -m benchmarks.experiments.sensitivity --data mnist.npz
 
-The small scale trims the grids to an hour and five minutes of a core: 38 settings, two seeds, 1,400 steps of batch 32. ``--full`` tries every
-value of `GRIDS` for all three.
+The small scale trims the grids to an hour and five minutes of a core: 38 settings, two seeds, 1,400 steps of batch 32. ``--full``
+tries every value of `GRIDS` for all three.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from statistics import fmean, mode
 
 import pytest
 
+from benchmarks.experiments import sensitivity
 from benchmarks.experiments.jobs import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -160,3 +161,27 @@ def test_agreement():
             agrees(text, found, f"{name}, {net}, {column}", 0.0051)
     blind = [r["loss_ratio"] for r in rows if (r["map"], r["net_trained"]) == ("selective", "standard") and r["epoch"]]
     assert max(blind) < 1e-6
+
+
+def test_sensitivity():
+    found = {(r.grid.title, r.system): r for r in sensitivity.results(read_rows(RESULTS / "sensitivity.csv"))}
+    (cells,) = tables(ROOT / "docs" / "evidence.md", r"How far can the settings be off\?")
+    for setting, recommended, *texts in cells[2:]:
+        for system, text in zip(sensitivity.SYSTEMS, texts, strict=True):
+            result = found.pop((setting, system), None)
+            if result is None:
+                assert text == "-", (setting, system)
+                continue
+            assert recommended == (result.grid.recommended or "(relative)")
+            first, last = result.safe[0], result.safe[-1]
+            ordered = result.grid.ordered and result.grid.recommended in result.rows and first != last
+            safe = f"{first} to {last}" if ordered else "; ".join(result.safe)
+            assert text == f"{safe} (of {', '.join(result.rows)})", (setting, system)
+    assert not found, "every grid is in the table"
+
+
+def test_image_folders():
+    (cells,) = tables(ROOT / "docs" / "evidence.md", "With images of your own")
+    rows = [read_rows(RESULTS / f"image_folder-{name}.csv") for name in ("xrays-mark", "scenes-background")]
+    sets = [f"accuracy_{name}" for name in ("biased", "unbiased", "confounded")]
+    assert check([line[:4] for line in cells], rows[0], sets) == check([[line[0], *line[4:]] for line in cells], rows[1], sets) == 18

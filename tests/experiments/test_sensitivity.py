@@ -90,12 +90,12 @@ class TestGrids:
                 assert set(chosen) <= set(grid.values)
         _, run = parse(parser("", seeds=2), [])
         found = settings(run)
-        assert len(found) == len(set(found)) == 64  # what the docstring's core-minutes are counted with
+        assert len(found) == len(set(found)) == 76  # what the docstring's core-minutes are counted with
         assert all(s == base(s.steps, s.system, s.seed) for s in found[:6])
 
     def test_the_recommended_value_is_among_those_tried(self):
-        assert tried(GRIDS["P"], "selective", "small") == ["0.3", "0.7", "0.9"]
-        assert tried(GRIDS["w"], "contrast", "small") == []
+        assert tried(GRIDS["P"], "selective", "small") == ["0.3", "0.5", "0.7", "0.9"]
+        assert tried(GRIDS["C1"], "contrast", "small") == []
         assert tried(GRIDS["w"], "contrast", "full") == list(GRIDS["w"].values)
 
 
