@@ -183,7 +183,7 @@ def jobs(run: Run, net: str = "convnet") -> list[Row]:
         add("mnist", "resnet18_slim", "contrast", run.seeds, slim, RELATIVE, w1=10.0)
         add("mnist", "resnet18_slim", "contrast", run.seeds, slim, RELATIVE, w1=10.0, lr=0.02)
         add("mnist", "resnet18_slim", "contrast", 1, 2 * slim, RELATIVE, w1=10.0)  # it learns slowly
-        add("mnist", "resnet18_slim", "contrast", 1, slim, RELATIVE, w1=3.0)
+        add("mnist", "resnet18_slim", "contrast", run.seeds, slim, RELATIVE, w1=3.0)
         add("mnist", "resnet18_slim", "stochastic", 1, slim, RELATIVE, w1=10.0)
         add("mnist", "resnet18_slim", "selective", 1, slim, RELATIVE, w1=10.0)
         for system in SWAPPED:  # what asks the logits in training
