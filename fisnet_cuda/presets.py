@@ -61,8 +61,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
     "paper": Preset("paper", "The papers' and the authors' setting, and fit's default: epsilon 0.01 in units of a pre-activation."),
     "steady": Preset(
         "steady", "What held the background out on every net it was tried on, at the price of slower learning (docs/evidence.md): "
-        "Contrast, a small epsilon relative to each layer's scale, ten times the weight of the background loss.",
-        variant="contrast", eps=1e-4, relative=True, w1=10.0,
+        "Contrast, a small epsilon relative to each layer's scale, three times the weight of the background loss.",
+        variant="contrast", eps=1e-4, relative=True, w1=3.0,
     ),
 })  # fmt: skip
 

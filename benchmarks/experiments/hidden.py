@@ -209,6 +209,9 @@ def jobs(run: Run, net: str = "convnet") -> list[Row]:
     add("small", "convnet3_bn", "selective", 1, steps, RELATIVE, lr=0.02, w1=10.0)
     add("small", "convnet3_bn", "contrast", 1, steps, RELATIVE, lr=0.02, w1=10.0)
     add("small", "convnet3", "contrast", 1, steps, RELATIVE, w1=10.0)
+    # as the preset has it
+    add("small", "convnet3_bn", "contrast", 1, steps, RELATIVE, lr=0.02, w1=3.0)
+    add("small", "convnet3", "contrast", 1, steps, RELATIVE, w1=3.0)
     add("digits", "convnet3", "selective", 2, steps, ABSOLUTE, RELATIVE)
     # why: another class, an eta that does not saturate, no epsilon at the first layer
     add("small", "convnet3", "selective", 1, steps, ABSOLUTE, select="random")
