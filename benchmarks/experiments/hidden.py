@@ -172,20 +172,20 @@ def jobs(run: Run, net: str = "convnet") -> list[Row]:
 
     if net == "resnet18":
         whole, slim = run.pick(4, 800, 6_000), run.pick(4, 2500, 12_000)
-        add("mnist", "resnet18", "selective", 1, whole, ABSOLUTE, RELATIVE)
-        add("mnist", "resnet18", "contrast", 1, whole, RELATIVE, w1=10.0)
-        add("mnist", "resnet18", "stochastic", 1, whole, RELATIVE)
+        full, more = run.scale == "full", run.seeds if run.scale == "full" else 1  # on two cores, second seeds of what held alone
         add("mnist", "resnet18", "standard", 1, whole, RELATIVE)
+        add("mnist", "resnet18", "selective", more, whole, *([ABSOLUTE] if full else []), RELATIVE)
+        add("mnist", "resnet18", "stochastic", more, whole, RELATIVE)
+        add("mnist", "resnet18", "contrast", more, whole, RELATIVE, w1=10.0)
         add("mnist", "resnet18_slim", "standard", 1, slim, RELATIVE)
-        add("mnist", "resnet18_slim", "selective", 2, slim, ABSOLUTE, RELATIVE)
-        add("mnist", "resnet18_slim", "stochastic", 2, slim, ABSOLUTE, RELATIVE)
-        add("mnist", "resnet18_slim", "contrast", 1, slim, RELATIVE)
-        add("mnist", "resnet18_slim", "contrast", run.seeds, slim, RELATIVE, w1=10.0)
-        add("mnist", "resnet18_slim", "contrast", run.seeds, slim, RELATIVE, w1=10.0, lr=0.02)
-        add("mnist", "resnet18_slim", "contrast", 1, 2 * slim, RELATIVE, w1=10.0)  # it learns slowly
+        add("mnist", "resnet18_slim", "selective", more, slim, ABSOLUTE, RELATIVE)
+        add("mnist", "resnet18_slim", "stochastic", more, slim, ABSOLUTE, RELATIVE)
+        add("mnist", "resnet18_slim", "stochastic", more, slim, RELATIVE, w1=10.0)
+        add("mnist", "resnet18_slim", "contrast", more, slim, RELATIVE)
         add("mnist", "resnet18_slim", "contrast", run.seeds, slim, RELATIVE, w1=3.0)
-        add("mnist", "resnet18_slim", "stochastic", 1, slim, RELATIVE, w1=10.0)
-        add("mnist", "resnet18_slim", "selective", 1, slim, RELATIVE, w1=10.0)
+        add("mnist", "resnet18_slim", "contrast", run.seeds, slim, RELATIVE, w1=10.0)
+        add("mnist", "resnet18_slim", "contrast", more, slim, RELATIVE, w1=10.0, lr=0.02)
+        add("mnist", "resnet18_slim", "contrast", 1, 2 * slim, RELATIVE, w1=10.0)  # it learns slowly
         for system in SWAPPED:  # what asks the logits in training
             add("mnist", "resnet18_slim", system, 1, slim, RELATIVE, strength=0.5)
         return found
