@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 
 import fisnet_cuda as fc
@@ -499,6 +500,20 @@ def draw_courses(rows: Sequence[Row], path: Path) -> Path:
     return save(figure, path)
 
 
+def _by_decades(ax: Axes, linear: float) -> None:
+    """Logarithmic on both sides of 0, linear below the first decade from ``linear`` on; at most three labels a side."""
+    first = math.ceil(math.log10(linear))
+    ax.set_xscale("symlog", linthresh=10.0**first)
+    ax.margins(x=0.08)
+    low, high = ax.get_xlim()
+    ticks = [0.0]
+    for sign, end in ((-1, -low), (1, high)):
+        decades = range(first, math.floor(math.log10(end)) + 1 if end > 10.0**first else first)
+        ticks += [sign * 10.0**k for k in decades[:: max(1, math.ceil(len(decades) / 3))]]
+    ax.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
 def draw_signals(rows: Sequence[Row], path: Path) -> Path:
     """Every signal against the loss of hold, one point a measurement."""
     columns = 4
@@ -521,7 +536,7 @@ def draw_signals(rows: Sequence[Row], path: Path) -> Path:
         ax.set_xlabel(textwrap.fill(text + ", %", 34), fontsize=8)
         ax.set_title(f"AUC {_number(hiding.auc(found, lost > LOST), 2)}", fontsize=9)
         if float(found.max() if len(found) else 0) > 20 * max(float(found.abs().median() if len(found) else 0), 1e-3):
-            ax.set_xscale("symlog", linthresh=max(float(found.abs().median()), 1e-2))
+            _by_decades(ax, max(float(found.abs().median()), 1e-2))
         _clean(ax)
     for ax in axes.flat[len(SIGNALS) :]:
         ax.set_visible(False)
