@@ -128,14 +128,15 @@ SYSTEMS = (
 def settings(run: Run, systems: Sequence[str] = ()) -> list[Setting]:
     """All trainings of the experiment, or those of some systems.
 
-    On two cores the costly Original has two seeds, and one with deep supervision. Selective, which learns slowest, is trained a second
-    time with twice the steps.
+    On two cores the costly Original and the segmentation net have two seeds, and Original one with deep supervision. Selective, which
+    learns slowest, is trained a second time with twice the steps.
     """
     steps = run.pick(4, 2500, 12_000)
     common = {"net": "convnet", "steps": steps, "batch": 32, "lr": 0.08}
     found = [
         Setting(system, deep=deep, seed=seed, strength=STRENGTHS.get(system, 1.0), **common)
-        for seed in range(run.seeds) for system, deep in SYSTEMS if system != "original" or run.scale == "full" or seed < 2 - deep
+        for seed in range(run.seeds) for system, deep in SYSTEMS
+        if run.scale == "full" or seed < {"original": 2 - deep, "segmented": 2}.get(system, run.seeds)
     ]  # fmt: skip
     found += [replace(s, steps=2 * steps) for s in found if s.system == "selective" and not s.deep]
     return [s for s in found if not systems or s.system in systems]

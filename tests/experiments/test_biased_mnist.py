@@ -99,13 +99,14 @@ class TestLoad:
 class TestSettings:
     def test_all_systems_share_everything_but_what_their_loss_does(self):
         found = settings(parse(parser(""), [])[1])
-        assert len(found) == 54 + 3
-        alike, longer = (lambda s: (s.net, s.batch, s.lr, s.momentum, s.eps, s.relative, s.P, s.d)), found[54:]
+        assert len(found) == 53 + 3
+        alike, longer = (lambda s: (s.net, s.batch, s.lr, s.momentum, s.eps, s.relative, s.P, s.d)), found[53:]
         assert len({alike(s) for s in found}) == 1
-        assert {s.steps for s in found[:54]} == {2500}
+        assert {s.steps for s in found[:53]} == {2500}
         assert [(s.system, s.deep, s.steps, s.seed) for s in longer] == [("selective", False, 5000, seed) for seed in range(3)]
         assert [s.seed for s in found if (s.system, s.deep) == ("original", False)] == [0, 1], "costly: two seeds"
         assert [s.seed for s in found if (s.system, s.deep) == ("original", True)] == [0], "costlier"
+        assert [s.seed for s in found if s.system == "segmented"] == [0, 1], "two trainings each"
         assert [s.seed for s in found if (s.system, s.deep) == ("dual", True)] == [0, 1, 2]
 
     def test_some_systems(self):
