@@ -36,7 +36,7 @@ from .measure import measure
 from .systems import TITLES, Setting, as_row
 from .tables import mean_spread, table, values, write_page
 
-__all__ = ["GRIDS", "Grid", "safe", "safe_range"]
+__all__ = ["GRIDS", "Grid", "range_text", "safe", "safe_range"]
 
 MARGIN = 3.0  # points of accuracy
 SETS = ("accuracy_biased", "accuracy_confounded")  # what safety is judged by
@@ -233,7 +233,8 @@ def results(rows: Sequence[Row]) -> list[Result]:
 # ---- figure and table ------------------------------------------------------------------------------------------------
 
 
-def _range_text(result: Result) -> str:
+def range_text(result: Result) -> str:
+    """The safe values as the table tells them."""
     texts, ordered = result.safe, result.grid.ordered and result.grid.recommended in result.rows
     if not texts:
         return "none"
@@ -254,7 +255,7 @@ def lines(found: Sequence[Result]) -> list[str]:
     columns: dict[str, Callable[[Sequence[Any]], str]] = {
         "system": lambda g: TITLES[g[0].system], "setting": lambda g: g[0].grid.title,
         "recommended": lambda g: g[0].grid.recommended or "(relative)",
-        "safe": lambda g: _range_text(g[0]), "tried": lambda g: ", ".join(text.replace(", ", "/") for text in g[0].rows),
+        "safe": lambda g: range_text(g[0]), "tried": lambda g: ", ".join(text.replace(", ", "/") for text in g[0].rows),
         "lowest confounded, %": lambda g: _worst(g[0], "accuracy_confounded"),
         "lowest biased, %": lambda g: _worst(g[0], "accuracy_biased"),
     }  # fmt: skip

@@ -173,10 +173,7 @@ def test_sensitivity():
                 assert text == "-", (setting, system)
                 continue
             assert recommended == (result.grid.recommended or "(relative)")
-            first, last = result.safe[0], result.safe[-1]
-            ordered = result.grid.ordered and result.grid.recommended in result.rows and first != last
-            safe = f"{first} to {last}" if ordered else "; ".join(result.safe)
-            assert text == f"{safe} (of {', '.join(result.rows)})", (setting, system)
+            assert text == f"{sensitivity.range_text(result)} (of {', '.join(result.rows)})", (setting, system)
     assert not found, "every grid is in the table"
 
 
